@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from agent_gateway_store import ApprovalScope, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.console.sessions import COOKIE
+from agent_gateway_store.models.approval import hash_approval
 from builders import make_event
 
 url, running = console_helpers.url, console_helpers.running
@@ -78,6 +79,33 @@ async def test_an_approval_under_the_same_request_id_is_not_shown_as_that_of_the
 
     assert asked_before in other
     assert asked_before not in own
+
+
+async def test_an_approval_that_was_changed_after_its_call_is_not_shown_as_sealed(running: Running) -> None:
+    """By whoever may write to its table; of an event without its hash the page says that nothing proves it."""
+    store, app = running
+    request = await waiting(store)
+    found = await store.approvals.approve(approval_id=request.approval_id, approver_id="carol")
+    named = await store.approvals.get(approval_id=found.approval_id)
+    for request_id, extra in (("held", {"approval_sha256": hash_approval(named, named.votes or ())}), ("bare", {})):
+        await store.audit.write(make_event(request_id=request_id, approval_id=named.approval_id, extra=extra))
+    alice = await signed_in(store, app)
+
+    async def said(request_id: str) -> list[bool]:
+        [event] = await store.audit.search(request_id=request_id)
+        text = (await alice.get(f"/audit/{event.id}")).text
+        return [words in text for words in ("The event holds another hash", "nothing proves that it was decided")]
+
+    before = [await said("held"), await said("bare")]
+    after = []
+    for change in ("approver_id = 'dave'", f"tool_call_hash = '{'0' * 64}', risk_explanation = '[ERASED]'"):
+        async with store.database.engine.begin() as connection:
+            await connection.exec_driver_sql(f"UPDATE approval_requests SET {change}")
+        after.append(await said("held"))
+
+    assert before == [[False, False], [False, True]]
+    # What was erased is another one, too, and nobody has forged it.
+    assert after == [[True, False], [False, False]]
 
 
 async def test_a_form_that_ends_too_early_decides_nothing(running: Running) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.record import EncodedRow, encode_event, to_values
 from agent_gateway_store.audit.selects import FIELDS
+from agent_gateway_store.models.approval import BLANK_HASH, ERASED
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 
-ERASED = "[ERASED]"
-_BLANK_HASH = "0" * 64
 BLANK: dict[str, Any] = {
-    "raw_args_hash": _BLANK_HASH,
+    "raw_args_hash": BLANK_HASH,
     "sanitized_args": {},
     "risk_labels": [],
     "output_hash": None,
@@ -35,7 +34,7 @@ BLANK_TEXTS = BLANK | {
 """The same as the drivers give it."""
 
 BLANK_APPROVAL: dict[str, Any] = {
-    "tool_call_hash": _BLANK_HASH,
+    "tool_call_hash": BLANK_HASH,
     "risk_explanation": ERASED,
     "output_payload": None,
     "output_hash": None,
@@ -57,11 +56,6 @@ _DERIVED = re.compile(r"~[0-9a-f]{64}\Z")
 def is_derived(request_id: str) -> bool:
     """True if an id holds the hash of an event."""
     return _DERIVED.search(request_id) is not None
-
-
-def is_blank_approval(tool_call_hash: str | None, risk_explanation: str) -> bool:
-    """True if these are what is left of an erased approval: any may be explained so, but no call has that hash."""
-    return (tool_call_hash, risk_explanation) == (_BLANK_HASH, ERASED)
 
 
 def blank_id(request_id: str, position: int) -> str:

@@ -16,7 +16,13 @@ from agent_gateway_store.console import pages
 from agent_gateway_store.console.sessions import Session
 from agent_gateway_store.errors import ApprovalNotFoundError, LogMismatchError
 from agent_gateway_store.evidence import Evidence
-from agent_gateway_store.models.approval import ApprovalRequest, is_of_call
+from agent_gateway_store.models.approval import (
+    APPROVAL_HASH,
+    ApprovalRequest,
+    hash_approval,
+    is_blank_approval,
+    is_of_call,
+)
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus, OutputDecision
 
 _PAGE = 50
@@ -40,6 +46,10 @@ _ASKED = 20
 # Search gives the newest first, so what comes right after an event is the end of the shortest span that holds some.
 _SPANS = (timedelta(minutes=1), timedelta(hours=1), timedelta(days=1), timedelta(days=365))
 _SPAN_EVENTS = 200
+_ASKED_ONLY = "Asked under the same request id, not proved to be of this call."
+_ERASED = "What the approval said was erased."
+_NO_HASH = "The event names this approval without its hash: nothing proves that it was decided as it stands here."
+_OTHER_HASH = "The event holds another hash: the approval or a vote was changed after the call. Download the evidence."
 
 
 async def search(request: Request) -> Response:
@@ -107,27 +117,33 @@ async def event(request: Request) -> Response:
     session = await pages.session_of(request)
     found = await _event_of(request, session)
     fields = {name: getattr(found, name) for name in type(found).model_fields}
-    approval, is_proved = await _approval_of(session, found)
+    approval, doubt = await _approval_of(session, found)
     return pages.page(
         request,
         "event.html",
         event=found,
         fields=fields,
         approval=approval,
-        is_proved=is_proved,
+        doubt=doubt,
+        is_other=doubt == _OTHER_HASH,
         neighbours=await _neighbours(session, found),
         seal=await _seal_of(session, found),
     )
 
 
-async def _approval_of(session: Session, found: AuditEvent) -> tuple[ApprovalRequest | None, bool]:
-    """Return an approval, and whether it is the one that the event names, or is proved to be of its call."""
+async def _approval_of(session: Session, found: AuditEvent) -> tuple[ApprovalRequest | None, str]:
+    """Return an approval, and what speaks against its being the one of this call, as it was decided; "": nothing."""
     key = session.store.settings.hash_key
     if found.approval_id is not None:
         try:
-            return await session.store.approvals.get(approval_id=found.approval_id), True
+            named = await session.store.approvals.get(approval_id=found.approval_id)
         except ApprovalNotFoundError:
-            return None, False
+            return None, ""
+        if is_blank_approval(named.tool_call_hash, named.risk_explanation):
+            return named, _ERASED
+        if APPROVAL_HASH not in found.extra:
+            return named, _NO_HASH
+        return named, "" if found.extra[APPROVAL_HASH] == hash_approval(named, named.votes or ()) else _OTHER_HASH
     # Another call may have the same request id.
     asked = await session.search_approvals(
         request_id=found.request_id,
@@ -138,7 +154,7 @@ async def _approval_of(session: Session, found: AuditEvent) -> tuple[ApprovalReq
     )
     fits = [(each, is_of_call(each, found, key=key.get_secret_value() if key else None)) for each in asked]
     proved = [each for each, fit in fits if fit]
-    return next(iter(proved or [each for each, _ in fits]), None), bool(proved)
+    return next(iter(proved or [each for each, _ in fits]), None), "" if proved else _ASKED_ONLY
 
 
 async def _neighbours(session: Session, found: AuditEvent) -> list[AuditEvent]:

@@ -17,7 +17,6 @@ from agent_gateway_store.approval.filters import criteria
 from agent_gateway_store.approval.queries import ApprovalRef, get
 from agent_gateway_store.approval.reports import search
 from agent_gateway_store.audit.document import encode
-from agent_gateway_store.audit.erased import is_blank_approval
 from agent_gateway_store.audit.query import AuditQuery
 from agent_gateway_store.encoding.canonical import members_once
 from agent_gateway_store.errors import (
@@ -43,6 +42,7 @@ from agent_gateway_store.models.approval import (
     ApprovalVote,
     VoteDecision,
     hash_approval,
+    is_blank_approval,
     is_of_call,
 )
 from agent_gateway_store.models.audit import AuditEvent

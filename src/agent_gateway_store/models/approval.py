@@ -224,6 +224,15 @@ APPROVAL_HASH = "approval_sha256"
 """The name in an event's `extra` under which it holds the hash of the approval that released the call."""
 
 
+ERASED = "[ERASED]"
+BLANK_HASH = "0" * 64
+
+
+def is_blank_approval(tool_call_hash: str | None, risk_explanation: str) -> bool:
+    """True if these are what is left of an erased approval: any may be explained so, but no call has that hash."""
+    return (tool_call_hash, risk_explanation) == (BLANK_HASH, ERASED)
+
+
 def is_of_call(request: ApprovalRequest, event: AuditEvent, *, key: str | None = None) -> bool | None:
     """True if an approval with its votes is proved to be of the call of an event that does not name it by its id.
 

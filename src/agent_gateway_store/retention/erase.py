@@ -24,18 +24,16 @@ from agent_gateway_store.audit.erased import (
     BLANK,
     BLANK_APPROVAL,
     BLANK_TEXTS,
-    ERASED,
     blank_hash,
     blank_id,
     blank_row,
-    is_blank_approval,
     is_derived,
 )
 from agent_gateway_store.audit.selects import table
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError, StoreUnavailableError
 from agent_gateway_store.evidence.sealer import Sealer
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
+from agent_gateway_store.models.approval import ERASED, ApprovalRequest, ApprovalVote, is_blank_approval
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import Erased, Hold
