@@ -225,7 +225,12 @@ async def test_an_open_door_and_the_triggers_of_others_are_found(sealed_apart: G
             "CREATE RULE their_rule AS ON INSERT TO audit_leaves WHERE false DO INSTEAD NOTHING",
         ]
     else:
-        theirs = ["CREATE TRIGGER theirs BEFORE INSERT ON audit_events BEGIN SELECT 1; END"]
+        theirs = [
+            "CREATE TRIGGER theirs BEFORE INSERT ON audit_events BEGIN SELECT 1; END",
+            "PRAGMA writable_schema = ON",
+            "UPDATE sqlite_master SET type = 'Trigger', tbl_name = upper(tbl_name) WHERE name = 'theirs'",
+            "PRAGMA writable_schema = RESET",
+        ]
     await execute(engine, "INSERT INTO audit_door VALUES (0)", *theirs)
     after = await asked(engine, is_door_open), await asked(engine, foreign_triggers)
 
@@ -243,7 +248,7 @@ async def test_sessions_that_fire_no_trigger_are_found(sealed: GatewayStore) -> 
     try:
         # Not the role in every database: other tests share the server.
         for whom in (f"DATABASE {database}", f"ROLE replicating IN DATABASE {database}"):
-            await execute(engine, f"ALTER {whom} SET session_replication_role = replica")
+            await execute(engine, f"ALTER {whom} SET session_replication_role = 'Replica'")
             found = await asked(engine, where_triggers_are_off)
             assert found == [f"ALTER {whom} RESET session_replication_role"]
             await execute(engine, *found)

@@ -353,6 +353,17 @@ class TestTampering:
             assert found.anchored == 0
             assert (await store.evidence.verify(against=against, keys=[other, str(KEY.verifier)])).ok
 
+    async def test_a_log_without_any_checkpoint_is_said_to_be_signed_by_no_key(
+        self, log: tuple[GatewayStore, Checkpoint]
+    ) -> None:
+        """Whoever deleted the log leaves events that look as if they were never sealed."""
+        store, kept = log
+        assert (await store.evidence.verify(keys=[str(KEY.verifier)])).origin == kept.origin
+        tables = ("audit_leaves", "audit_tiles", "audit_checkpoints")
+        await tamper(store.database.engine, *(f"DELETE FROM {table}" for table in tables))
+        found = await store.evidence.verify(keys=[str(KEY.verifier)])
+        assert (found.origin, ["so no key has signed" in each for each in found.remarks]) == ("", [True])
+
     async def test_a_forged_signature_of_an_earlier_checkpoint_is_seen(
         self, log: tuple[GatewayStore, Checkpoint]
     ) -> None:

@@ -77,6 +77,10 @@ async def test_what_the_database_calls_equal_is_no_prune(own_database_url: str) 
     assert [(each.kind, each.position) for each in found.findings] == [(FindingKind.MISSING, 1)]
 
 
+COPY = "CREATE TRIGGER x AFTER INSERT ON audit_events BEGIN"
+REFUSE = "CREATE TRIGGER x BEFORE UPDATE ON audit_events BEGIN"
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 class TestOnSqlite:
     """Where an index says something else than its table."""
@@ -147,18 +151,18 @@ class TestOnSqlite:
             "lose INSERT",
             "after BEFORE INSERT",
             '"lose AFTER INSERT" BEFORE INSERT',
-            "lose/* AFTER */BEFORE INSERT",
+            "lose/* DELETE */BEFORE INSERT",
             "lose /* a */ BEFORE /* b */ INSERT",
-            "lose -- AFTER\n BEFORE INSERT",
-            "loseAFTER BEFORE INSERT",
-            '"lose"" AFTER " BEFORE INSERT',
+            "lose -- DELETE\n BEFORE INSERT",
+            "loseDELETE BEFORE INSERT",
+            '"lose"" DELETE " BEFORE INSERT',
             # A space to Python, a letter to SQLite.
-            "lose\u3000AFTER BEFORE INSERT",
+            "lose\u3000DELETE BEFORE INSERT",
         ],
     )
     async def test_a_trigger_that_can_drop_events_is_seen(self, database_url: str, head: str) -> None:
         """However it is spelled."""
-        body = "BEGIN SELECT RAISE(IGNORE), '*/ AFTER ' AS text; END"
+        body = "BEGIN SELECT RAISE(IGNORE), '*/ DELETE ' AS text; END"
         found = await verified_after(database_url, f"CREATE TRIGGER {head} ON AUDIT_EVENTS {body}")
         assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
         assert "runs before INSERT, and can drop or change new rows" in found.findings[0].text
@@ -181,7 +185,49 @@ class TestOnSqlite:
     async def test_a_trigger_that_cannot_drop_events_is_no_finding(self, database_url: str, head: str) -> None:
         """Somebody else may take events to another place."""
         found = await verified_after(database_url, f"CREATE TRIGGER {head} ON audit_events BEGIN SELECT 1; END")
-        assert found.ok
+        assert (found.ok, ["which is not the store's" in each for each in found.remarks]) == (True, [True])
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            "type = 'Trigger'",
+            "type = 'trigger' || char(0) || 'x'",
+            "tbl_name = upper(tbl_name) || char(0)",
+            "sql = CAST(sql AS BLOB)",
+            "sql = replace(sql, 'CREATE ', 'create/**/')",
+        ],
+    )
+    async def test_a_trigger_is_seen_whatever_its_row_says(self, database_url: str, mask: str) -> None:
+        """SQLite runs its text all the same."""
+        found = await verified_after(
+            database_url,
+            "CREATE TRIGGER lose BEFORE INSERT ON audit_events BEGIN SELECT RAISE(IGNORE); END",
+            "PRAGMA writable_schema = ON",
+            f"UPDATE sqlite_master SET {mask} WHERE name = 'lose'",
+            "PRAGMA writable_schema = RESET",
+        )
+        assert ["has the trigger lose that runs before INSERT" in each.text for each in found.findings] == [True]
+
+    @pytest.mark.parametrize(
+        ("statements", "is_found"),
+        [
+            (["CREATE TRIGGER x AFTER INSERT ON audit_events BEGIN INSERT INTO audit_door VALUES (0); END"], True),
+            (
+                ["CREATE TRIGGER x AFTER INSERT ON audit_leaves BEGIN UPDATE OR IGNORE [audit_events] SET id=1; END"],
+                True,
+            ),
+            (["CREATE TABLE t (a)", 'CREATE TRIGGER x AFTER INSERT ON t BEGIN DELETE FROM "AUDIT_EVENTS"; END'], True),
+            (["CREATE TABLE audit_events_2 (a)", f"{COPY} INSERT INTO audit_events_2 VALUES (NEW.id); END"], False),
+            ([f"{REFUSE} SELECT RAISE(ABORT, 'nobody may UPDATE audit_events'); END"], False),
+        ],
+        ids=["opens the door", "updates", "deletes elsewhere", "copies", "refuses in such words"],
+    )
+    async def test_a_trigger_that_plainly_writes_to_the_log_is_seen(
+        self, database_url: str, statements: list[str], is_found: bool
+    ) -> None:
+        """It can delete the event of which a write says that it is stored."""
+        found = await verified_after(database_url, *statements)
+        assert ["whose text writes to the log" in each.text for each in found.findings] == [True] * is_found
 
     @pytest.mark.parametrize("name", ["audit_leaves", "ix_audit_events_caller_id_timestamp_id"])
     async def test_a_file_with_a_page_that_cannot_be_read_is_seen(self, database_url: str, name: str) -> None:
@@ -223,6 +269,7 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
 
 
 FUNCTION = "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$"
+AFTER = "CREATE TRIGGER lose AFTER INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
 READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]
 VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
 
@@ -274,6 +321,18 @@ class TestOnPostgres:
                 f"{FUNCTION}; CREATE TRIGGER lose BEFORE INSERT ON audit_leaves FOR EACH ROW EXECUTE FUNCTION theirs()",
                 "audit_leaves has the trigger lose that runs before INSERT",
             ),
+            *(
+                (f"{FUNCTION.replace('BEGIN', f'BEGIN {text};')}; {AFTER}", "lose, whose text writes to the log")
+                for text in ("SET LOCAL session_replication_role = replica", "DELETE FROM ONLY audit_events")
+            ),
+            (
+                f"{FUNCTION} SET session_replication_role = replica; {AFTER}",
+                "lose, whose text writes to the log",
+            ),
+            (
+                "CREATE RULE lose AS ON INSERT TO audit_events DO ALSO DELETE FROM audit_events WHERE caller_id = 'x'",
+                "lose, whose text writes to the log",
+            ),
         ],
     )
     async def test_what_can_show_something_else_is_seen(self, own_database_url: str, statement: str, said: str) -> None:
@@ -285,20 +344,27 @@ class TestOnPostgres:
     async def test_a_trigger_that_cannot_drop_rows_is_no_finding(self, own_database_url: str, when: str) -> None:
         """Somebody else may take events to another place."""
         trigger = f"CREATE TRIGGER theirs {when} ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
-        assert (await verified_after(own_database_url, FUNCTION, trigger)).ok
+        found = await verified_after(own_database_url, FUNCTION, trigger)
+        assert (found.ok, ["which is not the store's" in each for each in found.remarks]) == (True, [True])
 
-    @pytest.mark.parametrize(("state", "is_found"), [("ALWAYS", True), ("REPLICA", False)])
+    @pytest.mark.parametrize(
+        ("state", "setting", "is_found"),
+        [("ALWAYS", "origin", True), ("REPLICA", "origin", False), ("REPLICA", "Replica", True)],
+    )
     async def test_a_trigger_counts_where_it_fires_for_writers(
-        self, own_database_url: str, state: str, is_found: bool
+        self, own_database_url: str, state: str, setting: str, is_found: bool
     ) -> None:
-        """One for replicas alone lets every event of a gateway pass."""
+        """One for replicas alone lets every event of a gateway pass, unless writers are set to count as such."""
+        name = make_url(own_database_url).database
         found = await verified_after(
             own_database_url,
             FUNCTION,
+            f"ALTER DATABASE \"{name}\" SET session_replication_role = '{setting}'",
             "CREATE TRIGGER theirs BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()",
             f"ALTER TABLE audit_events ENABLE {state} TRIGGER theirs",
         )
         assert found.ok is not is_found
+        assert any("sessions fire no triggers" in each for each in found.remarks) is (setting == "Replica")
 
     async def test_what_a_protective_rule_does_is_no_finding(self, own_database_url: str) -> None:
         """Somebody else's way of making a table append-only changes nothing that is read."""

@@ -10,7 +10,7 @@ import pytest
 from agent_gateway_store.evidence import Evidence
 from agent_gateway_store.evidence.notes import SigningKey, VerifierKey
 from commands import gateway_store
-from sealed_log import KEY, SealedLog, events
+from sealed_log import KEY, ORIGIN, SealedLog, events
 
 pytestmark = pytest.mark.unit
 
@@ -35,6 +35,7 @@ def test_check_says_that_the_evidence_fits_and_who_vouches_for_it(file: Path) ->
     assert "Nothing vouches" in alone.out
     assert "vouched for  by nothing outside of the database" in alone.out
     assert "vouched for  up to 3 events" in vouched.out
+    assert f"log          {ORIGIN}" in vouched.out
     assert (alone.err, vouched.err) == ("", "")
 
 
@@ -57,13 +58,15 @@ def test_check_reads_a_tlog_proof(tmp_path: Path) -> None:
         (LOG.evidence(1, salt=None), "was erased"),
         (Evidence(event=LOG.events[1]), "was not sealed"),
         (SealedLog(events(3), key=None).evidence(1), "BAD_SIGNATURE at 1 (r-1)"),
+        (LOG.evidence(1), "FORKED at 1 (r-1)"),
     ],
-    ids=["altered", "erased", "unsealed", "unsigned"],
+    ids=["altered", "erased", "unsealed", "unsigned", "of another log"],
 )
 def test_what_does_not_verify_is_exit_code_3(tmp_path: Path, evidence: Evidence, words: str) -> None:
     """What was found stands on standard output, one sentence on the other."""
     (tmp_path / "e.json").write_text(evidence.to_json())
-    ended = gateway_store("evidence", "check", str(tmp_path / "e.json"), "--key", VKEY)
+    origin = "other" if words.startswith("FORKED") else ORIGIN
+    ended = gateway_store("evidence", "check", str(tmp_path / "e.json"), "--key", VKEY, "--origin", origin)
 
     assert ended.code == 3
     assert words in ended.out

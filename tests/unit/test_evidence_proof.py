@@ -22,7 +22,7 @@ from agent_gateway_store.evidence.notes import SigningKey
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, hash_approval
 from agent_gateway_store.models.evidence import FindingKind
 from builders import make_event, make_request, rehash
-from sealed_log import KEY, SealedLog, events
+from sealed_log import KEY, ORIGIN, SealedLog, events
 
 pytestmark = pytest.mark.unit
 
@@ -119,6 +119,15 @@ def test_a_key_that_has_not_signed_is_a_finding() -> None:
     assert not found.ok
     assert (found.anchored, found.checked) == (0, 0)
     assert {finding.kind for finding in found.findings} == {FindingKind.BAD_SIGNATURE}
+
+
+def test_evidence_of_another_log_that_the_same_key_signs_is_a_finding() -> None:
+    """As of a staging store that was given the key of production."""
+    text = LOG.evidence(0).to_json()
+    own, other = (check(text, keys=[VKEY], origin=name) for name in (ORIGIN, "example.org/staging"))
+
+    assert (own.ok, own.origin, other.origin) == (True, ORIGIN, ORIGIN)
+    assert [finding.kind for finding in other.findings] == [FindingKind.FORKED]
 
 
 def test_an_unsigned_checkpoint_is_signed_by_no_key() -> None:

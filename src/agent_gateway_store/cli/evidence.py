@@ -145,13 +145,16 @@ def keygen(
 def check(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="As `evidence prove` wrote it.")],
     key: KeyOption = None,
+    origin: Annotated[
+        str | None, typer.Option(help="Name of the log that it must be of, as `evidence verify` shows it.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check the evidence of one call. Needs no database. Exit code 3: it proves nothing, or not what it says."""
     from agent_gateway_store.evidence import check as check_text
 
     text = file.read_bytes().decode("utf-8", "surrogateescape")
-    _report(check_text(text, keys=_keys(key)), "The evidence", as_json=json)
+    _report(check_text(text, keys=_keys(key), origin=origin), "The evidence", as_json=json)
 
 
 def _keys(given: list[str] | None) -> list[str]:
@@ -186,7 +189,7 @@ def _report(found: Verification, what: str, *, as_json: bool) -> None:
         counts = {name: f"{getattr(found, name):,}" for name in ("checked", "unsealed", "erased", "pruned", "archived")}
         print_fields(
             {"integrity": "ok" if found.ok else "does not fit", "vouched for": anchored}
-            | {"size": f"{found.size:,}", "root": found.root_hash}
+            | {"log": found.origin or "no checkpoint", "size": f"{found.size:,}", "root": found.root_hash}
             | counts
         )
         for finding in found.findings:

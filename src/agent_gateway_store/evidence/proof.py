@@ -13,6 +13,7 @@ from uuid import UUID
 from pydantic import model_serializer
 from sqlalchemy import BigInteger, Select, Uuid, bindparam, select, true
 
+from agent_gateway_store._text import escape
 from agent_gateway_store.approval.filters import criteria
 from agent_gateway_store.approval.queries import ApprovalRef, get
 from agent_gateway_store.approval.reports import search
@@ -237,7 +238,7 @@ def _approval_json(request: ApprovalRequest, votes: Iterable[ApprovalVote]) -> d
     return request.model_dump(mode="json", exclude={"id", "version"}) | {"votes": ballots}
 
 
-def check(text: str, *, keys: Iterable[str] = ()) -> Verification:
+def check(text: str, *, keys: Iterable[str] = (), origin: str | None = None) -> Verification:
     """Check evidence of either form, JSON or C2SP tlog-proof. Needs no store.
 
     `ok` means that the text fits together: the event gives the leaf, and the leaf is in the tree of the checkpoint. An
@@ -247,6 +248,8 @@ def check(text: str, *, keys: Iterable[str] = ()) -> Verification:
     Args:
         text: As `to_json` or `to_tlog_proof` returned it.
         keys: vkey texts, of which one must have signed the checkpoint; not taken from whom the evidence came from.
+        origin: The name of the log that it must be of, as its checkpoints say; None: of any. Stores that share a
+            signing key have logs of different names.
 
     Returns:
         `checked` is 1 where the event was recomputed; `anchored` is the checkpoint's size where a key has signed it.
@@ -275,6 +278,9 @@ def check(text: str, *, keys: Iterable[str] = ()) -> Verification:
         wrong.append((FindingKind.BAD_SIGNATURE, "None of the given keys has signed a checkpoint of the event."))
     elif not trusted:
         remarks.append(_NO_KEY)
+    if origin is not None and proof is not None and proof.note.origin != origin:
+        said = f"This is evidence of the log {escape(proof.note.origin)}, and not of {escape(origin)}."
+        wrong.append((FindingKind.FORKED, said))
     if claim.approval is not None:
         why = claim.approval or (_HASH_OF_UNPROVED if wrong else "")
         remarks.append(_UNPROVED + why if why else _PROVED)
@@ -283,6 +289,7 @@ def check(text: str, *, keys: Iterable[str] = ()) -> Verification:
         ok=not wrong,
         size=size,
         root_hash=root.hex(),
+        origin=proof.note.origin if proof else "",
         checked=int(claim.has_event and not wrong),
         unsealed=int(proof is None),
         erased=int(claim.is_erased),

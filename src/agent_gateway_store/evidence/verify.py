@@ -33,6 +33,8 @@ from agent_gateway_store.models.evidence import (
     Verification,
     identity_table,
 )
+from agent_gateway_store.storage import append_only
+from agent_gateway_store.storage.append_only import LOG_TABLES
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.sequences import HIGHEST_ID
 from agent_gateway_store.storage.statements import Statement, typed_text
@@ -96,7 +98,6 @@ _BEYOND = Statement(
 # What shows each reader what it likes: a view, a table of another server, a table whose rows come from others, too, a
 # column that is computed or keeps JSON as somebody spelled it.
 _READ = (table, _leaves, _tiles, _checkpoints, identity_table)
-_TABLES = tuple(each.name for each in _READ)
 # By the names of `pg_catalog`: others can be taken.
 _CATALOG_TYPES = {
     "BIGINT": "int8", "BYTEA": "bytea", "FLOAT(53)": "float8", "INTEGER": "int4", "JSONB": "jsonb", "TEXT": "text",
@@ -108,10 +109,8 @@ _COLUMNS = [
     for each in _READ
     for column in each.columns
 ]
-# What pg_trigger.tgtype holds of FOR EACH ROW (1) BEFORE (2) INSERT (4).
-_BEFORE_ROW_INSERT = 1 + 2 + 4
 _STRANGE_ON_POSTGRES = f"""
-SELECT fault, name, NULL, NULL FROM unnest(ARRAY{[*_TABLES]}) AS name
+SELECT fault, name, NULL, NULL FROM unnest(ARRAY{[*LOG_TABLES]}) AS name
 LEFT JOIN pg_catalog.pg_class AS found ON found.oid = to_regclass(name)
 CROSS JOIN LATERAL (VALUES
     ('table', found.relkind IS DISTINCT FROM 'r'),
@@ -122,31 +121,29 @@ CROSS JOIN LATERAL (VALUES
     ))
 ) AS faults (fault, is_so) WHERE is_so
 UNION ALL
-SELECT 'trigger', name, tgname, NULL FROM unnest(ARRAY{[*_TABLES]}) AS name
-JOIN pg_catalog.pg_trigger ON tgrelid = to_regclass(name)
-WHERE tgtype & {_BEFORE_ROW_INSERT} = {_BEFORE_ROW_INSERT} AND tgenabled IN ('O', 'A')
-UNION ALL
 SELECT 'column', name, column_name, type FROM (VALUES {", ".join(_COLUMNS)}) AS columns (name, column_name, type)
 WHERE NOT EXISTS (
     SELECT FROM pg_catalog.pg_attribute
     WHERE attrelid = to_regclass(name) AND attname = column_name AND attgenerated = ''
         AND atttypid = to_regtype('pg_catalog.' || type)
 )
+UNION ALL {append_only.POSTGRES_OTHERS}
 """  # noqa: S608  names of our own
 _STRANGE_ON_SQLITE = f"""
-SELECT 'table', value, NULL, NULL FROM json_each('{json.dumps(_TABLES)}')
+SELECT 'table', value, NULL, NULL FROM json_each('{json.dumps(LOG_TABLES)}')
 WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'table' AND rootpage > 0)
     OR EXISTS (SELECT 1 FROM sqlite_temp_master WHERE name = value)
 UNION ALL
-SELECT 'trigger', tbl_name, name, sql FROM sqlite_master
-WHERE type = 'trigger' AND lower(tbl_name) IN ({", ".join(f"'{name}'" for name in _TABLES)})
+SELECT 'trigger', tbl_name, name, sql FROM ({append_only.SQLITE_TRIGGERS})
 """  # noqa: S608  likewise
+_OURS = {sql for name in append_only.TABLES for sql in append_only.triggers("sqlite", name).values()}
 # SQLite keeps the text of a trigger alone. One that is spelled otherwise runs before INSERT, or may do so. What is a
 # space or a comment is said as SQLite does, and matches in one way: no name and no body may pass for what follows it.
 _GAP = r"(?:[ \t\n\f\r]|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)"
 _QUOTED = r"""(?:"(?:[^"]|"")*"|`(?:[^`]|``)*`|'(?:[^']|'')*'|\[[^]]*\])"""
 _NOT_BEFORE_INSERT = re.compile(
-    rf"CREATE TRIGGER (?:[\w$]+{_GAP}|{_QUOTED}){_GAP}*(?:AFTER|(?:BEFORE{_GAP}+)?(?:UPDATE|DELETE)){_GAP}",
+    rf"CREATE TRIGGER (?:[\w$]+{_GAP}|{_QUOTED}){_GAP}*"
+    rf"(?:(?P<insert>AFTER{_GAP}+INSERT)|(?:(?:BEFORE|AFTER){_GAP}+)?(?:UPDATE|DELETE)){_GAP}",
     re.IGNORECASE,
 )
 _STRANGE = Statement(
@@ -169,7 +166,7 @@ _HISTORY = Statement(
     )
 )
 # Of our own tables: what others keep in the file may need functions that are not here.
-_INTEGRITY = [Statement(typed_text(f"PRAGMA integrity_check({name})", {})) for name in _TABLES]
+_INTEGRITY = [Statement(typed_text(f"PRAGMA integrity_check({name})", {})) for name in LOG_TABLES]
 # Chosen: of a hundred lines, enough to recognise what they are about.
 _MOST_DAMAGES = 3
 _STORED_TILES = Statement(select(_tiles.c.level, _tiles.c.index, _tiles.c.hashes))
@@ -195,21 +192,23 @@ async def verify(
     verifiers = [VerifierKey.parse(key) for key in keys]
     kept = [parse_note(each.note if isinstance(each, Checkpoint) else each) for each in against]
     async with snapshot(database) as reader:
-        if strange := [_FAULTS[fault].format(*names) for fault, *names in await _strange(reader)]:
-            return _unreadable(*strange)
+        strange, remarks = await _strange(reader)
+        if strange:
+            return _unreadable(*strange, remarks=remarks)
         damage = await _damage(reader) if database.dialect == "sqlite" else ""
         try:
             walk, events = await _walked(reader, kept, verifiers, archives, report)
         except sqlite3.DatabaseError:
             if not damage:
                 raise
-            return _unreadable(damage)
+            return _unreadable(damage, remarks=remarks)
     if damage:
         walk.note(FindingKind.ALTERED, damage)
     return Verification(
         ok=not walk.findings,
         size=walk.tree.size,
         root_hash=walk.tree.root().hex(),
+        origin=walk.origin,
         checked=walk.checked,
         unsealed=max(events - walk.present, 0),
         erased=walk.erased,
@@ -217,7 +216,7 @@ async def verify(
         archived=walk.archived,
         anchored=walk.anchored,
         findings=tuple(walk.findings),
-        remarks=walk.archive.remarks,
+        remarks=(*remarks, *walk.remarks, *walk.archive.remarks),
     )
 
 
@@ -261,16 +260,27 @@ async def _check_ids(reader: Snapshot, walk: LogWalk) -> None:
         walk.note(FindingKind.ALTERED, text)
 
 
-def _unreadable(*texts: str) -> Verification:
+def _unreadable(*texts: str, remarks: Sequence[str]) -> Verification:
     findings = tuple(Finding(kind=FindingKind.ALTERED, text=text) for text in texts)
-    return Verification(ok=False, size=0, root_hash=EMPTY_ROOT.hex(), findings=findings)
+    return Verification(ok=False, size=0, root_hash=EMPTY_ROOT.hex(), findings=findings, remarks=tuple(remarks))
 
 
-async def _strange(reader: Snapshot) -> list[tuple[str, ...]]:
-    """Return what `_STRANGE` names, without triggers of SQLite that do not run before an INSERT."""
-    found = [tuple(map(str, row)) for row in await reader.fetched(_STRANGE)]
-    named = [row for row in found if row[0] != "trigger" or not _NOT_BEFORE_INSERT.match(row[-1])]
-    return [tuple(map(escape, row)) for row in named]
+async def _strange(reader: Snapshot) -> tuple[list[str], list[str]]:
+    """Return what `_STRANGE` names: why nothing may be read, and what is to be said all the same."""
+    said: tuple[list[str], list[str]] = [], []
+    for row in await reader.fetched(_STRANGE):
+        fault, name, trigger, body = map(str, row)
+        if fault in ("trigger", "other"):
+            head = _NOT_BEFORE_INSERT.match(body)
+            # Those of others that refuse changes may say so in such words.
+            if append_only.WRITES_LOG.search(body) and (head is None or head["insert"]):
+                fault = "writes"
+            elif name not in LOG_TABLES or body in _OURS:
+                continue
+            elif head is not None:
+                fault = "other"
+        said[fault in ("other", "off")].append(_FAULTS[fault].format(*map(escape, (name, trigger, body))))
+    return said
 
 
 # By the fault that `_STRANGE` names.
@@ -280,6 +290,10 @@ _FAULTS = {
     "unlogged": "{} is UNLOGGED: a crash of the server would empty it, and a replica shows nothing. Nothing was read.",
     "rule": "{} has a rule that replaces INSERT, so that new rows are lost or go elsewhere. Nothing was read.",
     "trigger": "{0} has the trigger {1} that runs before INSERT, and can drop or change new rows. Nothing was read.",
+    "writes": "{} has the trigger or rule {}, whose text writes to the log, or lets it be changed. Nothing was read.",
+    "other": "{} has the trigger or rule {}, which is not the store's: it can change or delete new events before they "
+    "are sealed, though writes say STORED. Find out whose it is.",
+    "off": "Some sessions fire no triggers, so that rows of the log can be changed: run `{1}` as a superuser.",
     "column": "The column {1} of {0} is no {2}, or is computed: it can say more than was sealed. Nothing was read.",
 }
 
@@ -420,11 +434,17 @@ def _take_kept(walk: LogWalk, kept: Sequence[ParsedNote], verifiers: Sequence[Ve
 
 def _check_last(walk: LogWalk, last: Sequence[Any] | None, verifiers: Sequence[VerifierKey]) -> None:
     try:
-        is_signed = last is None or _vouching(_note(last[3]), verifiers)
+        note = _note(last[3]) if last is not None else None
+        is_signed = note is None or _vouching(note, verifiers)
+        walk.origin = note.origin if note is not None else ""
     except InvalidEvidenceError:
         # It is a finding of its own.
         is_signed = not verifiers
     if last is not None and type(last[0]) is not int:
         walk.note(FindingKind.BAD_SIGNATURE, "The last checkpoint is over no number of events.")
+    if last is None and verifiers:
+        walk.remarks.append(
+            "There is no checkpoint, so no key has signed anything. If there was one, the log was deleted."
+        )
     if not is_signed:
         walk.note(FindingKind.BAD_SIGNATURE, "No key that was named has signed the last checkpoint.")

@@ -90,6 +90,8 @@ class LogWalk:
         self.next_position = self.present = self.checked = self.anchored = self.pruned = self.archived = self.erased = 0
         self.archive = Archived()
         self.findings: list[Finding] = []
+        self.remarks: list[str] = []
+        self.origin = ""
         self._found: Counter[FindingKind] = Counter()
         self._mismatches: list[_Mismatch] = []
 

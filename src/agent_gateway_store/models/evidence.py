@@ -110,8 +110,8 @@ class FindingKind(StrEnum):
 
     ALTERED: an event, or its leaf, is not what was sealed, or a table is not as this package made it. MISSING: it is
     gone, and nothing sealed says that it was pruned. MOVED: it stands at another position. TRUNCATED: the log is
-    shorter than it was. FORKED: it is not the log of which a checkpoint was kept. BAD_TREE: hashes between the leaves
-    and the root are wrong. BAD_SIGNATURE: no expected key has signed.
+    shorter than it was. FORKED: it is not the log of which a checkpoint was kept, or not the one that was named.
+    BAD_TREE: hashes between the leaves and the root are wrong. BAD_SIGNATURE: no expected key has signed.
     """
 
     ALTERED = "ALTERED"
@@ -147,6 +147,7 @@ class Verification(FrozenModel):
         ok: True if nothing was found that does not fit.
         size: How many events are sealed.
         root_hash: Of the tree over them, as recomputed.
+        origin: The name of the log, as its last checkpoint or the evidence says; "": there is none.
         checked: How many events were recomputed from their columns and fit their leaf.
         unsealed: How many events are committed and not sealed yet: nothing protects those.
         erased: How many events were erased, as sealed events say.
@@ -161,6 +162,7 @@ class Verification(FrozenModel):
     ok: bool
     size: int
     root_hash: str
+    origin: str = ""
     checked: int = 0
     unsealed: int = 0
     erased: int = 0

@@ -5,6 +5,7 @@ They stop accidents. Whoever owns the tables can switch them off; what was done 
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from agent_gateway_store.models.evidence import door_table
 
 TABLES = ("audit_events", "audit_leaves", "audit_checkpoints")
+LOG_TABLES = (*TABLES, "audit_tiles", "database_identity")
+"""All tables of the sealed log; rows of the last two are replaced as it grows."""
 
 _DOOR = door_table.name
 _CURRENT = "pg_current_xact_id()::text::bigint"
@@ -34,6 +37,15 @@ BEGIN
     RETURN NULL;
 END $$
 """  # noqa: S608  names of our own
+
+
+# What the text of a trigger shows of writing to the log. Without a schema: a copy elsewhere may have the same name.
+WRITES_LOG = re.compile(
+    r"\b(?:INTO|DELETE\s+FROM|UPDATE(?:\s+OR\s+\w+)?|TRUNCATE(?:\s+TABLE)?)\s*(?:\bONLY\s+)?[\"'`[]?"
+    rf"\b(?:audit_door|{'|'.join(LOG_TABLES)})\b"
+    r"|\bSET(?:_CONFIG\W+|\s+(?:(?:LOCAL|SESSION)\s+)?)session_replication_role\b",
+    re.IGNORECASE,
+)
 
 
 def triggers(dialect: str, table: str) -> dict[str, str]:
@@ -78,7 +90,7 @@ async def unprotected(connection: AsyncConnection) -> dict[str, str]:
     """
     if connection.dialect.name == "postgresql":
         return await _unprotected_postgres(connection)
-    found = {row.name: row for row in await connection.execute(text(_SQLITE_FOUND))}
+    found = {row.name: row for row in await connection.execute(text(SQLITE_TRIGGERS))}
     return {
         name: f"DROP TRIGGER {name}; {statement}" if name in found else statement
         for table in TABLES
@@ -109,13 +121,11 @@ async def _unprotected_postgres(connection: AsyncConnection) -> dict[str, str]:
 async def foreign_triggers(connection: AsyncConnection) -> list[str]:
     """Return the names of triggers, and on PostgreSQL of rules, on these tables that are not ours."""
     dialect = connection.dialect.name
-    ours = {name for table in TABLES for name in triggers(dialect, table)}
     if dialect == "postgresql":
-        names = (await connection.execute(text(_POSTGRES_OTHERS))).scalars().all()
-    else:
-        found = await connection.execute(text(_SQLITE_FOUND))
-        names = [row.name for row in found if row.tbl_name in TABLES]
-    return sorted({*names} - ours)
+        return sorted({row.rule for row in await connection.execute(text(POSTGRES_OTHERS)) if row.fault != "off"})
+    ours = {name for table in TABLES for name in triggers(dialect, table)}
+    found = await connection.execute(text(SQLITE_TRIGGERS))
+    return sorted({str(row.name) for row in found if row.tbl_name in LOG_TABLES} - ours)
 
 
 async def is_door_open(connection: AsyncConnection) -> bool:
@@ -131,10 +141,7 @@ async def where_triggers_are_off(connection: AsyncConnection) -> list[str]:
     """Return for whom PostgreSQL does not fire triggers, as a replica; each with the statement that mends it."""
     if connection.dialect.name != "postgresql":
         return []
-    found = list((await connection.execute(text(_REPLICATING))).scalars())
-    if not found and (await connection.execute(text("SHOW session_replication_role"))).scalar() == "replica":
-        found.append("ALTER SYSTEM RESET session_replication_role")
-    return found
+    return list((await connection.execute(text(_REPLICATING))).scalars())
 
 
 # What pg_trigger.tgtype holds of BEFORE (2) DELETE (8) OR UPDATE (16) OR TRUNCATE (32) FOR EACH STATEMENT (0).
@@ -148,16 +155,41 @@ SELECT tgname, tgtype, tgenabled IN ('O', 'A') AS is_on, proname = 'audit_append
 FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
 WHERE tgrelid = ANY {_OUR_TABLES}
 """  # noqa: S608  names of our own
-_POSTGRES_OTHERS = f"""
-SELECT tgname::text FROM pg_trigger WHERE tgrelid = ANY {_OUR_TABLES} AND NOT tgisinternal
-UNION ALL SELECT rulename::text FROM pg_rewrite WHERE ev_class = ANY {_OUR_TABLES}
-"""  # noqa: S608  likewise
+# The value of a setting stands there as it was typed.
 _REPLICATING = """
-SELECT concat_ws(' ', 'ALTER', 'ROLE ' || CASE setrole WHEN 0 THEN NULL ELSE setrole::regrole::text END,
-    CASE WHEN setrole <> 0 AND setdatabase <> 0 THEN 'IN' END, 'DATABASE ' || quote_ident(datname),
-    'RESET session_replication_role')
-FROM pg_db_role_setting LEFT JOIN pg_database ON pg_database.oid = setdatabase
-WHERE 'session_replication_role=replica' = ANY (setconfig)
-    AND (setdatabase = 0 OR datname = current_database())
+WITH settings AS (
+    SELECT concat_ws(' ', 'ALTER', 'ROLE ' || CASE setrole WHEN 0 THEN NULL ELSE setrole::regrole::text END,
+        CASE WHEN setrole <> 0 AND setdatabase <> 0 THEN 'IN' END, 'DATABASE ' || quote_ident(datname),
+        'RESET session_replication_role') AS statement
+    FROM pg_catalog.pg_db_role_setting LEFT JOIN pg_catalog.pg_database ON pg_database.oid = setdatabase
+    WHERE 'session_replication_role=replica' = ANY (lower(setconfig::text)::text[])
+        AND (setdatabase = 0 OR datname = current_database())
+)
+SELECT statement FROM settings UNION ALL SELECT 'ALTER SYSTEM RESET session_replication_role'
+WHERE current_setting('session_replication_role') = 'replica' AND NOT EXISTS (SELECT FROM settings)
 """
-_SQLITE_FOUND = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
+# What pg_trigger.tgtype holds of FOR EACH ROW (1) BEFORE (2) INSERT (4).
+_INSERT = 4
+_BEFORE_ROW_INSERT = 1 + 2 + _INSERT
+# Triggers of PostgreSQL's own run functions with an id below 16384. tgenabled R: in sessions that replicate alone.
+POSTGRES_OTHERS = f"""
+SELECT CASE WHEN tgtype & {_BEFORE_ROW_INSERT} = {_BEFORE_ROW_INSERT} AND tgenabled <> 'D'
+    AND (tgenabled <> 'R' OR EXISTS (SELECT FROM ({_REPLICATING}) AS sessions)) THEN 'trigger' ELSE 'other' END
+    AS fault, name, tgname::text AS rule,
+    CASE WHEN tgtype & {_INSERT} = {_INSERT} THEN pg_catalog.pg_get_functiondef(tgfoid) ELSE '' END AS body
+FROM unnest(ARRAY{[*LOG_TABLES]}) AS name JOIN pg_catalog.pg_trigger ON tgrelid = to_regclass(name)
+WHERE (NOT tgisinternal OR tgfoid >= 16384) AND NOT (tgname = name || '_append_only' AND tgtype = {_REFUSED})
+UNION ALL
+SELECT 'other', name, rulename::text, CASE ev_type WHEN '3' THEN pg_catalog.pg_get_ruledef(pg_rewrite.oid) ELSE '' END
+FROM unnest(ARRAY{[*LOG_TABLES]}) AS name JOIN pg_catalog.pg_rewrite ON ev_class = to_regclass(name)
+UNION ALL
+SELECT 'off', '', statement, '' FROM ({_REPLICATING}) AS sessions
+"""  # noqa: S608  likewise
+"""What others have put on the tables of the log: fault, table, name, and the text of what runs on INSERT."""
+# SQLite runs what the text says, though other columns of its row were altered in case, into bytes, or behind a NUL.
+SQLITE_TRIGGERS = """
+SELECT lower(printf('%s', tbl_name)) AS tbl_name, name, sql FROM sqlite_master WHERE NOT coalesce(
+    sql LIKE 'CREATE TABLE %' OR sql LIKE 'CREATE VIRTUAL TABLE %' OR sql LIKE 'CREATE VIEW %'
+        OR sql LIKE 'CREATE INDEX %' OR sql LIKE 'CREATE UNIQUE INDEX %', true)
+"""
+"""The triggers, and what SQLite may run as one, with their tables."""
