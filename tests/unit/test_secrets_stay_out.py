@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sqlite3
 import traceback
 from collections.abc import Awaitable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,19 @@ async def test_given_engine_that_echoes_is_the_callers_choice(tmp_path: Path) ->
 
     assert Database(engine, owned=True).engine.sync_engine.hide_parameters
     await engine.dispose()
+
+
+async def test_an_erasure_beside_a_reader_of_the_old_state_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite keeps the old pages for the reader."""
+    monkeypatch.setattr("agent_gateway_store.storage.sqlite._BUSY_TIMEOUT_MS", 50)
+    file = tmp_path / "gateway.db"
+    async with GatewayStore(f"sqlite:///{file}", redis_url="") as store:
+        await store.audit.write(make_event(request_id="r-1"))
+        with closing(sqlite3.connect(file, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM audit_events").fetchall()
+            with pytest.raises(errors.StoreUnavailableError, match="end that, and erase 'r-1' again"):
+                await store.retention.erase("r-1", reason="GDPR 17", by="dpo")
+        assert (await store.retention.erase("r-1", reason="GDPR 17", by="dpo")).position == 0

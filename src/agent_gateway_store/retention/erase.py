@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, and_, bindparam, or_, select, text, update
+from sqlalchemy import ColumnElement, Row, and_, bindparam, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store._text import code_text
@@ -152,6 +152,10 @@ class Eraser:
             notices = await _blank_notices(connection, own)
             await still_locked()
         await self._forget_all(own)
+        newest = max(targets, key=lambda each: each.position)
+        erased_id = blank_id(request_id, newest.position)
+        if self._database.dialect == "sqlite":
+            await self._empty_wal(erased_id)
         if manifest is not None:
             # Last: an id that holds a hash goes with it, by which a run after a kill finds what is left to do.
             blank = {
@@ -163,9 +167,8 @@ class Eraser:
             }
             await still_locked()
             await in_thread(lambda: rewrite_events(manifest, blank))
-        newest = max(targets, key=lambda each: each.position)
         return Erased(
-            request_id=blank_id(request_id, newest.position),
+            request_id=erased_id,
             org_id=org_id,
             position=newest.position,
             archived=any(each.archived for each in targets),
@@ -176,6 +179,15 @@ class Eraser:
     async def _forget_all(self, approvals: Collection[UUID]) -> None:
         if not await self._forget(approvals):
             raise StoreUnavailableError("Redis does not answer, and holds what is to be erased: try again.")
+
+    async def _empty_wal(self, erased_id: str) -> None:
+        """Bring SQLite's write-ahead log, which holds what was erased, into the file, and empty it."""
+        async with self._database.raw_connection() as driver:
+            [(is_busy, *_)] = await driver.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+        if is_busy:
+            raise StoreUnavailableError(
+                f"Somebody reads the database as it was before: end that, and erase {code_text(erased_id)} again."
+            )
 
     async def _targets(self, request_id: str) -> list[_Target]:
         async with self._database.connection("read") as connection:
@@ -268,9 +280,6 @@ class Eraser:
             await seal_event(self._database, self._sealer, event_id)
 
     async def _blank_events(self, connection: AsyncConnection, targets: Sequence[_Target]) -> None:
-        if connection.dialect.name == "sqlite":
-            # Otherwise what was deleted stays in the file until its pages are used again.
-            await connection.execute(text("PRAGMA secure_delete = ON"))
         async with open_door(connection):
             for target in targets:
                 if not target.archived:

@@ -199,6 +199,8 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
             "foreign_keys=ON",
             # REPLACE deletes rows, which the triggers of append-only tables refuse then.
             "recursive_triggers=ON",
+            # Otherwise what was deleted or moved stays in the file until its room is used again.
+            "secure_delete=ON",
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
