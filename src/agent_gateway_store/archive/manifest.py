@@ -236,7 +236,13 @@ def sha256_of(path: Path) -> str:
 
 def runs_of(positions: Iterable[int]) -> Runs:
     """Return positions as runs of neighbours."""
-    return Positions([position, position] for position in positions).runs
+    runs: Runs = []
+    for position in sorted(positions):
+        if runs and position <= runs[-1][1] + 1:
+            runs[-1][1] = position
+        else:
+            runs.append([position, position])
+    return runs
 
 
 class Positions:

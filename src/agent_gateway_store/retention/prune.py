@@ -244,7 +244,8 @@ class Pruner:
             has_more = rows < block.num_rows
             tables.append(block.slice(0, max(rows, not tables)))
 
-        await arrow_blocks(self._database, statement, {}, _COLUMNS, take, block_bytes=_BLOCK_BYTES)
+        options: Any = {"block_bytes": _BLOCK_BYTES, "parallel": False}
+        await arrow_blocks(self._database, statement, {}, _COLUMNS, take, **options)
         if not tables:
             return None, 0
         events = arrow().concat_tables(tables)
@@ -274,8 +275,8 @@ class Pruner:
         await in_thread(manifest.read)
         entries = manifest.of_kind("events")
         known = Positions([list(run) for entry in entries for run in entry.positions])
-        archived = [position in known for position in positions]
-        if any(archived):
+        if known.meets(runs_of(positions)):
+            archived = [position in known for position in positions]
             # A killed run wrote them. Only what is intact may take the place of the rows.
             again = Positions([[each, each] for each, is_there in zip(positions, archived, strict=True) if is_there])
             holding = [entry for entry in entries if again.meets(entry.positions)]

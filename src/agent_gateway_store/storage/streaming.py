@@ -179,11 +179,15 @@ async def copied(
     take: Callable[[bytes], None],
     *,
     block_bytes: int,
+    parallel: bool = True,
 ) -> None:
     """Hand the rows of `query` to `take`, in a thread, as blocks of CSV of whole rows. PostgreSQL only.
 
     COPY is much faster than a cursor: no row becomes a Python object. NULL is an empty field without quotes, and an
     empty text one with quotes. At most two blocks are in memory: one is taken while the next one arrives.
+
+    Args:
+        parallel: False for the few rows of a LIMIT: to start workers for them takes as long as to read them.
     """
     arguments = query.arguments(values)
     parts: list[bytes] = []
@@ -212,6 +216,8 @@ async def copied(
     with ThreadPoolExecutor(1, thread_name_prefix="gateway-store bulk") as thread:
         try:
             async with database.raw_connection() as driver, _long_read(driver):
+                if not parallel:
+                    await driver.execute("SET LOCAL max_parallel_workers_per_gather = 0")
                 await driver.copy_from_query(query.text, *arguments, output=receive, format="csv", timeout=LONGEST_S)
             await flush()
         finally:
