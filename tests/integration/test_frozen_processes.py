@@ -18,7 +18,7 @@ import pytest
 
 import servers
 from agent_gateway_store import GatewayStore, StoreSettings
-from agent_gateway_store.archive import Archive, manifest
+from agent_gateway_store.archive import Archive, files, manifest
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.plugins.file_sink import FileSink, append
 from agent_gateway_store.retention import approvals, erase
@@ -156,14 +156,17 @@ async def test_nothing_is_taken_out_of_a_file_behind_whom_a_frozen_process_goes_
     assert written == (["frozen", "after"] if work == "send" else ["after"])
 
 
-@pytest.mark.parametrize("work", ["erase", "approvals"])
+@pytest.mark.parametrize("work", ["erase", "approvals", "prune"])
 async def test_whoever_lost_the_lock_goes_no_further(
     work: str, migrated_postgres_database: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the archive is on a file system without locks: the rows stay, and the files."""
     url, archive = migrated_postgres_database(), tmp_path / "archive"
-    module, name = (erase, "rewrite_approvals") if work == "erase" else (approvals, "write_approvals")
-    function = getattr(module, name)
+    module, name, function = {
+        "erase": (erase, "rewrite_approvals", erase.rewrite_approvals),
+        "approvals": (approvals, "write_approvals", approvals.write_approvals),
+        "prune": (files, "write_events", files.write_events),
+    }[work]
 
     def losing(*arguments: Any) -> Any:
         asyncio.run(end_locks(url))
@@ -172,14 +175,20 @@ async def test_whoever_lost_the_lock_goes_no_further(
     async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as store:
         await fill(store)
         await prune(store, archive)
+        await store.audit.write(make_event(request_id="late", timestamp=OLD))
+        await store.audit.write(make_event())
         before = (archive / manifest.NAME).read_text()
         monkeypatch.setattr(module, name, losing)
-        erasing = partial(store.retention.erase, "newest", reason="r", by="dpo", archive=archive)
-        working = erasing if work == "erase" else partial(prune_approvals, store, archive)
+        working: dict[str, Callable[[], Awaitable[Any]]] = {
+            "erase": partial(store.retention.erase, "newest", reason="r", by="dpo", archive=archive),
+            "approvals": partial(prune_approvals, store, archive),
+            "prune": partial(prune, store, archive),
+        }
         with pytest.raises(StoreUnavailableError):
-            await working()
+            await working[work]()
         assert (archive / manifest.NAME).read_text() == before
         assert len(await store.approvals.list_requests()) == 1
-        newest = await store.audit.get_by_request_id("newest")
-        assert newest is not None
-        assert newest.sanitized_args
+        for name in ("newest", "late"):
+            event = await store.audit.get_by_request_id(name)
+            assert event is not None
+            assert event.sanitized_args
