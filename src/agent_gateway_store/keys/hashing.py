@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ from cachetools import LRUCache
 from agent_gateway_store import clock
 from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.errors import StoreNotOpenError, StoreUnavailableError
+from agent_gateway_store.settings import MAX_BCRYPT_ROUNDS
 
 T = TypeVar("T")
+_logger = logging.getLogger("agent_gateway_store.keys")
 
 # Some 250 bytes an entry: 8 MB of keys that are right, 2 MB of keys and ids that are wrong.
 MAX_VERIFIED, MAX_REFUSED = 32_768, 8_192
@@ -85,8 +88,15 @@ class Hasher:
 
 def _is_hash_of(secret: bytes, hashed: str) -> bool:
     try:
+        # As in "$2b$10$...".
+        if int(hashed.split("$")[2]) > MAX_BCRYPT_ROUNDS:
+            _logger.error(
+                "An API key has a hash of bcrypt's cost %s, which no store writes: the key is refused; issue another.",
+                hashed[4:6],
+            )
+            return False
         return bcrypt.checkpw(secret, hashed.encode())
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, LookupError):
         # Somebody wrote past the store what is the hash of no key.
         return False
 
