@@ -18,6 +18,7 @@
     ├── InvalidUrlError (also ValueError)
     ├── StoreUnavailableError
     │   ├── AuditUnavailableError
+    │   ├── UnreadableRowError
     │   └── TransactionConflictError
     ├── UnsupportedDatabaseError
     ├── SchemaOutOfDateError
@@ -87,6 +88,7 @@ __all__ = [
     "StoreUnavailableError",
     "TooManyPendingError",
     "TransactionConflictError",
+    "UnreadableRowError",
     "UnsupportedDatabaseError",
 ]
 
@@ -247,6 +249,10 @@ class InvalidUrlError(GatewayStoreError, ValueError):
 
 class StoreUnavailableError(GatewayStoreError):
     """The database (or a worker pool in front of it) cannot answer now. Trying again later may succeed."""
+
+
+class UnreadableRowError(StoreUnavailableError):
+    """A row was altered past the store so that it cannot be read; the error names it. Trying again does not help."""
 
 
 class AuditUnavailableError(StoreUnavailableError):

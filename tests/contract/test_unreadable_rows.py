@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
+from contract_helpers import approved, column, idle
 
 from agent_gateway_store import GatewayStore, StoreSettings
-from agent_gateway_store.errors import InvalidApiKeyError, LogMismatchError, StoreUnavailableError
+from agent_gateway_store.errors import GatewayStoreError, InvalidApiKeyError, LogMismatchError, UnreadableRowError
 from agent_gateway_store.evidence import check
 from agent_gateway_store.models.audit import RedactionFlag
 from agent_gateway_store.models.evidence import FindingKind
-from builders import make_event
+from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, CALLER, make_event, make_request
 from tampering import tamper
 
 SETTINGS = StoreSettings(audit_seal_seconds=0)
@@ -144,12 +150,14 @@ async def test_an_event_of_no_time_is_told_in_one_sentence(database_url: str) ->
         await sealed(store)
         await tamper(store.database.engine, "UPDATE audit_events SET timestamp = 'garbage' WHERE request_id = 'r-1'")
 
-        with pytest.raises(StoreUnavailableError, match=r"audit_events holds what no store writes.*evidence verify"):
+        with pytest.raises(
+            UnreadableRowError, match=r"Row 2 of audit_events holds what no store writes.*evidence verify"
+        ):
             await store.audit.search()
 
 
 @SQLITE
-@pytest.mark.parametrize("value", ["'x'", "''", "x'00'", "'$2b$31$' || substr(key_hash, 8)", "key_hash || char(0)"])
+@pytest.mark.parametrize("value", ["'x'", "''", "'$2b$31$' || substr(key_hash, 8)", "key_hash || char(0)"])
 async def test_an_altered_hash_is_that_of_no_key(database_url: str, value: str) -> None:
     """The key is refused, as any that does not match."""
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
@@ -161,13 +169,167 @@ async def test_an_altered_hash_is_that_of_no_key(database_url: str, value: str) 
 
 
 @SQLITE
-@pytest.mark.parametrize("name", ["expires_at", "last_used_at", "previous_key_expires_at"])
-async def test_an_altered_key_is_told_in_one_sentence(database_url: str, name: str) -> None:
-    """Nobody comes in by it."""
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((f"{each}_at", "'x'") for each in ("expires", "last_used", "previous_key_expires")),
+     ("key_hash", "x'00'"), ("trust_level", "1.5")],
+)  # fmt: skip
+async def test_an_altered_key_is_told_in_one_sentence_and_can_be_revoked(
+    database_url: str, name: str, value: str
+) -> None:
+    """Nobody comes in by it, and it hides no other."""
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
         issued = await store.keys.issue("alice", role="dev")
-        await tamper(store.database.engine, f"UPDATE api_keys SET {name} = 'garbage'")
+        await store.keys.issue("bob", role="dev")
+        await tamper(store.database.engine, f"UPDATE api_keys SET {name} = {value} WHERE caller_id = 'alice'")
 
-        for read in (lambda: store.keys.verify(issued.plaintext), store.keys.list, lambda: store.keys.get("alice")):
-            with pytest.raises(StoreUnavailableError, match="A row of api_keys holds what no store writes"):
+        for read in (lambda: store.keys.verify(issued.plaintext), lambda: store.keys.get("alice")):
+            with pytest.raises(
+                UnreadableRowError, match=rf"^Row 1 of api_keys holds what no store writes \({name}\): "
+            ):
                 await read()
+        assert [key.caller_id for key in await store.keys.list()] == ["bob", "alice"]
+        assert not (await store.keys.revoke("alice")).is_active
+        assert await column(store, "is_active", "api_keys WHERE caller_id = 'alice'") == [False]
+
+
+@POSTGRES
+async def test_a_key_of_a_time_that_python_cannot_hold_can_be_revoked(database_url: str) -> None:
+    """The driver refuses to read it."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        await store.keys.issue("alice", role="dev")
+        await tamper(store.database.engine, "UPDATE api_keys SET expires_at = '20000-01-01'")
+
+        assert not (await store.keys.revoke("alice")).is_active
+        with pytest.raises(UnreadableRowError, match=r"^Row 1 of api_keys"):
+            await store.keys.get("alice")
+
+
+async def assert_approvals_refuse(url: str, folder: Path, name: str, value: str) -> None:
+    """Rows of approvals that somebody altered release nothing, hide no other, and can be denied."""
+    said = rf"^Row \d+ of approval_requests holds what no store writes \({name}\): restore it from a backup\.$"
+    async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
+        approvals = store.approvals
+        used, waits = await approved(store), await approvals.issue_token(make_request(request_id="r-2"))
+        named = (await approvals.check_token(used)).approval_id
+        asked = await approvals.acquire(make_request())
+        await approvals.approve(approval_id=asked.approval_id, approver_id="approver-1")
+        await store.audit.write(make_event(request_id="r-1", approval_id=named))
+        await tamper(store.database.engine, f"UPDATE approval_requests SET {name} = {value}")
+        whole = await approvals.issue_token(make_request(request_id="r-4"))
+
+        listed = list(await approvals.search())
+        assert [each.risk_explanation[:12] for each in listed[1:]] == ["INVALID: Row"] * 3
+        assert listed[0].approval_id == (await approvals.check_token(whole)).approval_id
+        assert [each async for each in approvals.stream()] == listed
+        assert len(await store.retention.find(caller_id="dev-agent")) == 5
+        for refused in (
+            lambda: approvals.check_token(used),
+            lambda: approvals.get(approval_id=named),
+            lambda: approvals.wait_for_decision(used, timeout_s=5),
+            lambda: approvals.consume_token(used, caller_id="dev-agent", tool_call=CALL),
+            # Of another call it asks anew.
+            *([] if name == "tool_call" else [lambda: approvals.acquire(make_request(), wait_s=5)]),
+        ):
+            with pytest.raises(UnreadableRowError, match=said):
+                await refused()
+        assert "asked" in {step["event"] for step in await approvals.history(approval_id=named)}
+        assert (await store.evidence.prove("r-1")).approval is None
+        async with store.audit.call(CALL, CALLER, decision="ALLOW", approval_id=named, request_id="r-3"):
+            pass
+        assert await store.audit.get_by_request_id("r-3") is not None
+        assert (await approvals.deny(waits, "approver-1")).status is ApprovalStatus.DENIED
+        assert await column(store, "status", "approval_requests WHERE request_id = 'r-2'") == ["DENIED"]
+        for file in ("a.jsonl", "a.csv", "a.parquet"):
+            try:
+                await approvals.export(folder / file)
+            except GatewayStoreError as exc:
+                assert str(exc).startswith("Row 1 of approval_requests holds what no store writes")  # noqa: PT017
+
+
+@pytest.mark.parametrize("value", ["'7'", "'[]'"])
+async def test_an_altered_approval_releases_nothing_and_hides_no_other(
+    database_url: str, tmp_path: Path, value: str
+) -> None:
+    """JSON of another kind."""
+    await assert_approvals_refuse(database_url, tmp_path, "tool_call", value)
+
+
+@POSTGRES
+@pytest.mark.parametrize("name", ["expires_at", "use_before"])
+async def test_an_approval_of_a_time_that_python_cannot_hold_releases_nothing(
+    database_url: str, tmp_path: Path, name: str
+) -> None:
+    """It is far ahead."""
+    await assert_approvals_refuse(database_url, tmp_path, name, "'20000-01-01'")
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tool_call", "''"), ("use_before", "'x'"), ("created_at", "7"), ("risk_explanation", "x'ff00'")],
+)
+async def test_what_no_column_of_an_approval_holds_releases_nothing(
+    database_url: str, tmp_path: Path, name: str, value: str
+) -> None:
+    """SQLite keeps anything."""
+    await assert_approvals_refuse(database_url, tmp_path, name, value)
+
+
+async def assert_all_is_listed(url: str, statements: Sequence[str]) -> None:
+    """Votes, notices and holds that somebody altered are listed, and neither kept nor lost in silence."""
+    async with GatewayStore(url, redis_url="", settings=SETTINGS, plugins=[RecordingNotifier()]) as store:
+        await approved(store)
+        await idle(store)
+        await store.retention.hold("kept", reason="a case", by="alice", caller_id="dev-agent")
+        await tamper(store.database.engine, *statements)
+
+        assert len((await store.approvals.search())[0].votes or ()) == 1
+        assert {"vote", "notice"} <= {
+            step["event"] for step in await store.approvals.history((await store.approvals.search())[0].approval_id)
+        }
+        assert len(await store.notifications.list()) == len(await column(store, "id", "notification_deliveries"))
+        (hold,) = await store.retention.holds()
+        assert hold.reason.startswith("INVALID: Row kept of audit_holds holds what no store writes")
+        with pytest.raises(UnreadableRowError, match="Row kept of audit_holds"):
+            await store.retention.prune(before="0s", by="alice", discard=True, below_floor=True)
+        assert (await store.retention.release_hold("kept", by="alice")).name == "kept"
+
+
+@pytest.mark.parametrize("filters", ["[1]", '{"nosuch": 1}'])
+async def test_an_altered_hold_keeps_everything_until_it_is_released(database_url: str, filters: str) -> None:
+    """Nobody can say what it covers."""
+    await assert_all_is_listed(database_url, [f"UPDATE audit_holds SET filters = '{filters}'".replace(":", r"\:")])
+
+
+@pytest.mark.parametrize("database_url", ["sqlite", "postgres"], indirect=True)
+async def test_altered_votes_notices_and_holds_are_listed(database_url: str) -> None:
+    """Of times that cannot be read."""
+    time = "'20000-01-01'" if database_url.startswith("postgres") else "'x'"
+    columns = {"approval_votes": "voted_at", "notification_deliveries": "created_at", "audit_holds": "placed_at"}
+    await assert_all_is_listed(database_url, [f"UPDATE {table} SET {name} = {time}" for table, name in columns.items()])
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("risk_labels", "'[1]'"), ("latency_ms", "9e999"), ("latency_ms", "'x'"), ("risk_score", "CAST(x'ff41' AS TEXT)")],
+)
+async def test_bulk_reads_of_an_altered_event_raise_one_sentence_or_repair_it(
+    database_url: str, tmp_path: Path, name: str, value: str
+) -> None:
+    """What a search does, or the error that names the row."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        await sealed(store)
+        await tamper(store.database.engine, f"UPDATE audit_events SET {name} = {value} WHERE request_id = 'r-1'")
+
+        for read in (
+            lambda: anext(store.audit.stream(request_id="r-1")),
+            store.audit.to_arrow,
+            store.audit.to_pandas,
+            *(lambda file=file: store.audit.export(tmp_path / file) for file in ("e.jsonl", "e.csv", "e.parquet")),
+        ):
+            try:
+                await read()
+            except UnreadableRowError as exc:
+                assert "holds" in str(exc)  # noqa: PT017

@@ -140,7 +140,7 @@ class Acquiring:
         async with self._changes.transactions.connection("transaction") as connection:
             await _require_not_denied(connection, values)
             rows = await EXPIRE_ACQUIRED.rows(connection, values) + await CANCEL_ACQUIRED.rows(connection, values)
-            changes = await self._changes.enqueue(connection, [StoredApproval.from_row(row) for row in rows])
+            changes = await self._changes.enqueue(connection, list(map(StoredApproval.repaired, rows)))
             used = await LAST_USE.first(connection, values)
             issued = await insert(connection, values | _explained(values, used), self._changes.outbox)
             if issued is None:
@@ -154,7 +154,7 @@ class Acquiring:
 async def _require_not_denied(connection: AnyConnection, values: dict[str, Any]) -> None:
     row = await RECENTLY_DENIED.first(connection, values)
     if row is not None:
-        raise _DeniedMeanwhileError(StoredApproval.from_row(row))
+        raise _DeniedMeanwhileError(StoredApproval.repaired(row))
 
 
 def _explained(values: dict[str, Any], used: dict[str, Any] | None) -> dict[str, Any]:

@@ -144,22 +144,23 @@ async def _close(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput) -
 
 
 async def _store_vote(connection: AnyConnection, row: Mapping[str, Any], vote: VoteInput) -> StoredApproval:
-    values = vote.values | {"p_approval_id": row["approval_id"], "p_org_id": row["org_id"]}
+    stored = StoredApproval.repaired(row)
+    values = vote.values | {"p_approval_id": stored.request.approval_id, "p_org_id": stored.request.org_id}
     # Somebody who has voted may still cancel; the first vote stays on record.
     is_first = await VOTE.first(connection, values) is not None
     if not is_first and vote.decision is not VoteDecision.CANCELLED:
         raise ApprovalAlreadyVotedError(
             f"{vote.approver_id} has already voted on this approval: others must decide.",
-            approval_id=row["approval_id"],
+            approval_id=stored.request.approval_id,
             status=str(ApprovalStatus.PENDING),
         )
-    return StoredApproval.from_row(row)
+    return stored
 
 
 async def expire(connection: AnyConnection, *, org_id: str | None, batch_size: int) -> list[StoredApproval]:
     """Write EXPIRED to one batch of what is overdue; does not commit. Rows that another sweep holds are left to it."""
     rows = await EXPIRE.rows(connection, {"p_org_id": org_id, "p_batch_size": batch_size})
-    return [StoredApproval.from_row(row) for row in rows]
+    return list(map(StoredApproval.repaired, rows))
 
 
 class Permission(NamedTuple):
@@ -258,7 +259,7 @@ async def set_outcome(transactions: Transactions, ref: ApprovalRef, outcome: str
     async with transactions.connection("autocommit") as connection:
         row = await SET_OUTCOME[ref.by].first(connection, {**ref.values, "p_outcome": text})
         if row is not None:
-            return StoredApproval.from_row(row)
+            return StoredApproval.repaired(row)
         found = await read(connection, ref)
     if found.request.status is not ApprovalStatus.USED:
         why = f"Only a used approval has an outcome: it stands at {_who(found.request)}."

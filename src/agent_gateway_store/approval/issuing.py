@@ -257,7 +257,7 @@ class Asking:
                 # Without it each of many would cancel what another has just asked, and the slowest would give up.
                 await LOCK_CALL.first(connection, {"p_lock": _lock_of(values)})
             rows = await EXPIRE_SAME_CALL.rows(connection, values) + await CANCEL_OTHER_TERMS.rows(connection, values)
-            closed = [StoredApproval.from_row(row) for row in rows]
+            closed = list(map(StoredApproval.repaired, rows))
             changes = await self._changes.enqueue(connection, closed)
             issued = await insert(connection, values, self._changes.outbox)
             if issued is None and any(each.request.status is ApprovalStatus.CANCELLED for each in closed):
@@ -308,7 +308,7 @@ class Asking:
             row = await WITHDRAW.first(connection, values)
             if row is None:
                 return None
-            approval, unsent = StoredApproval.from_row(row), askers.unsent
+            approval, unsent = StoredApproval.repaired(row), askers.unsent
             left = await take_back(connection, approval, is_leased=unsent is not None and bool(unsent[1].ids))
             if not left and unsent is not None:
                 return Change(approval, None, Leased({}, 0))

@@ -352,9 +352,9 @@ async def decide_at_once(
         return None
     if row is None:
         return None
-    leased = set(row.pop("leased"))
-    del row["sent"]
-    approval = StoredApproval.from_row(row)
+    # Of one that cannot be read the worker sends the notice, once the lease is over.
+    leased = set(row.get("leased", ()))
+    approval = StoredApproval.repaired(row)
     own = {name: each for name, each in ids.items() if each in leased}
     return Change(approval, notice_of(approval.request, "decision"), Leased(own, since))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -11,15 +11,18 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from agent_gateway_store.approval.statements import META_COLUMNS, READ, Key
+from agent_gateway_store.approval.statements import READ, Key
 from agent_gateway_store.errors import ApprovalNotFoundError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalVote
 from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.base import UnreadableRow, repaired
+from agent_gateway_store.models.columns import INVALID
 from agent_gateway_store.models.delivery import NotificationDelivery
 from agent_gateway_store.models.values import ApprovalStatus, PendingApproval
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.statements import Statement
 
 _votes = ApprovalVote.__table__
 _events = AuditEvent.__table__
@@ -78,9 +81,16 @@ class StoredApproval(NamedTuple):
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> StoredApproval:
-        """Return what a row of `readable_columns` holds."""
-        columns = {name: value for name, value in row.items() if name not in META_COLUMNS}
+        """Return what a row of `readable_columns` holds; UnreadableRowError if it cannot be read."""
+        columns = {name: row[name] for name in ApprovalRequest.model_fields}
         return cls(ApprovalRequest.from_row(columns), row["read_at"], row["token_sha256"])
+
+    @classmethod
+    def repaired(cls, row: Mapping[str, Any]) -> StoredApproval:
+        """Return the same with stand-ins and a word to whoever reads it, of a row that releases nothing from here."""
+        if isinstance(row, UnreadableRow):
+            return cls.from_row({**repaired(row), "risk_explanation": f"{INVALID}: {row.error}"})
+        return cls.from_row(row)
 
 
 ASKED = PendingApproval.model_fields.keys() - {"version"}
@@ -113,16 +123,21 @@ def result_of(stood: Any, token: str | None) -> ApprovalResult:
     )
 
 
-async def read(connection: AnyConnection, ref: ApprovalRef) -> StoredApproval:
+async def read(
+    connection: AnyConnection,
+    ref: ApprovalRef,
+    build: Callable[[Mapping[str, Any]], StoredApproval] = StoredApproval.from_row,
+) -> StoredApproval:
     """Return the approval that `ref` names as a reader sees it.
 
     Raises:
         ApprovalNotFoundError: There is none.
+        UnreadableRowError: It cannot be read.
     """
     row = await READ[ref.by].first(connection, ref.values)
     if row is None:
         raise ApprovalNotFoundError
-    return StoredApproval.from_row(row)
+    return build(row)
 
 
 @retry_conflicts
@@ -144,7 +159,7 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
         ApprovalNotFoundError: There is no such approval.
     """
     async with transactions.read() as connection:
-        request = (await read(connection, ref)).request
+        request = (await read(connection, ref, StoredApproval.repaired)).request
         of_this = request.approval_id
         votes = await _rows_of(connection, _votes, _votes.c.voted_at, _votes.c.approval_id == of_this)
         deliveries = await _rows_of(
@@ -173,8 +188,8 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
 async def _rows_of(
     connection: AsyncConnection, table: Any, at: Any, where: ColumnElement[bool]
 ) -> list[Mapping[str, Any]]:
-    statement = select(table).where(where).order_by(at, table.c.id)
-    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+    statement = Statement(select(table).where(where).order_by(at, table.c.id))
+    return list(map(repaired, await statement.rows(connection, {})))
 
 
 def _steps_of(request: ApprovalRequest, votes: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from agent_gateway_store.approval.filters import conditions, types_of, words_of
 from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, read
 from agent_gateway_store.approval.statements import OVERDUE, readable_columns, sql_statement
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, CastVote, hash_approval
+from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page, Stats
@@ -30,7 +31,7 @@ from agent_gateway_store.storage.pagination import decode, decode_cursor, encode
 from agent_gateway_store.storage.statements import Statement, is_one_of, typed_text
 from agent_gateway_store.storage.streaming import read_all
 
-_votes = ApprovalVote.__table__
+_requests, _votes = ApprovalRequest.__table__, ApprovalVote.__table__
 
 _COLUMNS = (
     "created_at",
@@ -80,7 +81,7 @@ _STANDS = {
 _ROWS = """
     SELECT * FROM approval_requests WHERE {stands} AND {conditions} ORDER BY created_at DESC, id DESC LIMIT {limit}
     """
-_PAGE = "SELECT {readable} FROM ({pages}) AS pages ORDER BY created_at DESC, id DESC LIMIT {limit}"
+_PAGE = "SELECT {readable} FROM ({pages}) AS pages ORDER BY pages.created_at DESC, pages.id DESC LIMIT {limit}"
 _GROUPED = """
     SELECT id, {at} AS at, {readable_status} AS status, {outcome_known} AS outcome, {waited_us} AS waited_us{groups}
     FROM approval_requests WHERE {conditions}
@@ -146,21 +147,22 @@ def _page(shape: Shape, statuses: tuple[str, ...], limit: int) -> Statement:
 
 _VOTES = Statement(
     lambda dialect: (
-        select(_votes.c.approval_id, *(_votes.c[name] for name in CastVote.model_fields))
+        select(_votes.c.id, _votes.c.approval_id, *(_votes.c[name] for name in CastVote.model_fields))
         .where(is_one_of(dialect, _votes.c.approval_id, "p_ids", Uuid()))
         .order_by(_votes.c.voted_at, _votes.c.id)
     )
 )
 
 
-async def add_votes(connection: AnyConnection, requests: Sequence[ApprovalRequest]) -> None:
-    """Read the votes of all these approvals, by one statement."""
+async def add_votes(connection: AnyConnection, requests: Sequence[ApprovalRequest], *, repairs: bool) -> None:
+    """Read the votes of all these approvals, by one statement; unless it `repairs`, an altered one raises its error."""
     if not requests:
         return
     found: dict[UUID, list[CastVote]] = defaultdict(list)
     ids = [each.approval_id if connection.dialect.name == "postgresql" else each.approval_id.hex for each in requests]
-    for row in await _VOTES.rows(connection, {"p_ids": ids}):
-        found[row.pop("approval_id")].append(CastVote(**row))
+    for vote in await _VOTES.rows(connection, {"p_ids": ids}):
+        row = repaired(vote) if repairs else vote
+        found[row["approval_id"]].append(CastVote(**{name: row[name] for name in CastVote.model_fields}))
     for request in requests:
         request.__dict__["votes"] = found[request.approval_id]
 
@@ -183,12 +185,15 @@ async def search(
             values["p_before"], values["p_before_id"] = decode_cursor(found.scope, cursor, restored)
             shape = (*shape, ("after", False))
         rows = await _page(shape, statuses, limit + 1).rows(connection, values)
-        requests = [StoredApproval.from_row(row).request for row in rows[:limit]]
-        await add_votes(connection, requests)
+        requests = [StoredApproval.repaired(row).request for row in rows[:limit]]
+        await add_votes(connection, requests, repairs=True)
         if len(rows) > limit and cursor is None:
             restored = await restored_identity(connection)
     following = None
     if len(rows) > limit:
+        if requests[-1].created_at == UTC_MIN:
+            # Of a time that cannot be read no page goes on.
+            rows[limit - 1]["created_at"]
         following = encode_cursor(found.scope, requests[-1].created_at, requests[-1].id or 0, restored)
     return Page(requests, next_cursor=following, columns=_COLUMNS, record_type=ApprovalRequest)
 
@@ -210,7 +215,7 @@ async def get(transactions: Transactions, ref: ApprovalRef) -> ApprovalRequest:
     """Return the approval that `ref` names with its votes; ApprovalNotFoundError if there is none."""
     async with transactions.connection("read") as connection:
         request = (await read(connection, ref)).request
-        await add_votes(connection, [request])
+        await add_votes(connection, [request], repairs=False)
     return request
 
 
@@ -271,7 +276,7 @@ def _exported(shape: Shape) -> Statement:
 
     def build(dialect: str) -> Any:
         texts = (f"{expression(dialect, each.name, each.kind)} AS {each.name}" for each in _EXPORTED)
-        columns: list[Any] = [column(each.name) for each in _EXPORTED]
+        columns: list[Any] = [_requests.c.get(each.name, column(each.name)) for each in _EXPORTED]
         return _typed(_EXPORT, dialect, shape, columns, exported=", ".join(texts))
 
     return Statement(build)

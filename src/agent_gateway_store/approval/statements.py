@@ -20,7 +20,7 @@ from sqlalchemy import BigInteger, Boolean, ColumnElement, Float, Integer, Text,
 from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
-from agent_gateway_store.models.columns import UtcDateTime
+from agent_gateway_store.models.columns import READABLE_SQL, UtcDateTime
 from agent_gateway_store.storage.db_clock import clock_sql
 from agent_gateway_store.storage.statements import Statement, typed_text
 
@@ -56,7 +56,13 @@ def fragments(dialect: str) -> dict[str, str]:
     """Return the pieces that statements share, by the names under which they stand in braces."""
     now = clock_sql(dialect)
     same = "IS NOT DISTINCT FROM" if dialect == "postgresql" else "IS"  # which SQLite has had for longer
-    names = [each.name for each in _requests.c]
+    is_postgres = dialect == "postgresql"
+    names = [
+        f"{READABLE_SQL.format(each.name)} AS {each.name}"
+        if is_postgres and isinstance(each.type, UtcDateTime)
+        else each.name
+        for each in _requests.c
+    ]
     meta = f"{now} AS read_at, token AS token_sha256"
     overdue = (
         f"(status = 'PENDING' AND expires_at <= {now} "
@@ -291,20 +297,17 @@ RECENTLY_DENIED = sql_statement(
     """
     SELECT {readable} FROM approval_requests
     WHERE acquire_key = :p_acquire_key AND decision_at > {denied_since} AND status || '' = 'DENIED'
-    ORDER BY decision_at DESC LIMIT 1
+    ORDER BY approval_requests.decision_at DESC LIMIT 1
     """,
     # As a subquery the time is taken once, so that of a call that ran often the index finds the few rows since.
     denied_since={dialect: f"(SELECT {clock_sql(dialect, plus=':p_since_s')})" for dialect in ("sqlite", "postgresql")},
 )
 
-LAST_USE = sql_statement(
-    """
-    SELECT used_at, outcome FROM approval_requests
+LAST_USE = sql_statement("""
+    SELECT {readable} FROM approval_requests
     WHERE acquire_key = :p_acquire_key AND decision_at IS NOT NULL AND used_at IS NOT NULL
-    ORDER BY decision_at DESC LIMIT 1
-    """,
-    (_requests.c.used_at, _requests.c.outcome),
-)
+    ORDER BY approval_requests.decision_at DESC LIMIT 1
+    """)
 
 COUNT_PENDING = sql_statement("SELECT {pending_of_caller} AS pending", (column("pending", BigInteger()),))
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.errors import StoreUnavailableError, UnreadableRowError
 from agent_gateway_store.models.approval import ApprovalResult
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.storage.filters import number
@@ -78,6 +78,8 @@ class Waiting:
         while True:
             try:
                 return await work()
+            except UnreadableRowError:
+                raise
             except StoreUnavailableError:
                 if self.pubsub is None or (left := end - loop.time()) <= 0:
                     raise
@@ -105,8 +107,8 @@ class Waiting:
                     last = await self._reads.run((org_id, token, topic, seen), read)
             except TimeoutError:
                 return last
-            except StoreUnavailableError:
-                if self.pubsub is None:
+            except StoreUnavailableError as exc:
+                if self.pubsub is None or isinstance(exc, UnreadableRowError):
                     raise
                 if (left := end - loop.time()) <= 0:
                     return last

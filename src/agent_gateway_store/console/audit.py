@@ -14,7 +14,7 @@ from starlette.responses import Response
 from agent_gateway_store import _text
 from agent_gateway_store.console import pages
 from agent_gateway_store.console.sessions import Session
-from agent_gateway_store.errors import ApprovalNotFoundError, LogMismatchError
+from agent_gateway_store.errors import ApprovalNotFoundError, LogMismatchError, UnreadableRowError
 from agent_gateway_store.evidence import Evidence
 from agent_gateway_store.models.approval import (
     APPROVAL_HASH,
@@ -137,7 +137,7 @@ async def _approval_of(session: Session, found: AuditEvent) -> tuple[ApprovalReq
     if found.approval_id is not None:
         try:
             named = await session.store.approvals.get(approval_id=found.approval_id)
-        except ApprovalNotFoundError:
+        except (ApprovalNotFoundError, UnreadableRowError):
             return None, ""
         if is_blank_approval(named.tool_call_hash, named.risk_explanation):
             return named, _ERASED

@@ -24,6 +24,7 @@ from agent_gateway_store._concurrency import BatchQueue
 from agent_gateway_store._text import describe
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.storage.database import Transactions, dialect_of
@@ -255,7 +256,7 @@ async def claim_next(
 def _leased(rows: list[dict[str, Any]], leased_at: float) -> list[Delivery]:
     return [
         Delivery(row["delivery_id"], row["notifier"], row["approval_id"], row["attempts"], _notice_of(row), leased_at)
-        for row in sorted(rows, key=lambda row: row["id"])
+        for row in sorted(map(repaired, rows), key=lambda row: row["id"])
     ]
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, and_, case, delete, func, literal_column, 
 from agent_gateway_store.delivery.attempts import deliveries
 from agent_gateway_store.delivery.outbox import StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
+from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Database, changed
@@ -19,7 +20,7 @@ from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode_place, encode_place, invalid_cursor, listing_fingerprint
-from agent_gateway_store.storage.statements import literal_number
+from agent_gateway_store.storage.statements import Statement, literal_number
 
 _COLUMNS = (
     *("created_at", "notifier", "event", "status", "attempts", "next_attempt_at", "last_error"),
@@ -76,8 +77,8 @@ class NotificationManager:
                 if (row_id := int.from_bytes(decode_place(scope, cursor, 8, restored))) >= 2**63:
                     raise invalid_cursor()
                 statement = statement.where(deliveries.c.id < row_id)
-            rows = (await connection.execute(statement)).mappings().all()
-        found = [NotificationDelivery.from_row(dict(row)) for row in rows[:limit]]
+            rows = await Statement(statement).rows(connection, {})
+        found = [NotificationDelivery.from_row(repaired(row)) for row in rows[:limit]]
         next_cursor = encode_place(scope, rows[limit - 1]["id"].to_bytes(8), restored) if len(rows) > limit else None
         return Page(found, next_cursor=next_cursor, columns=_COLUMNS)
 

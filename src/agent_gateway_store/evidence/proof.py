@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -25,6 +26,7 @@ from agent_gateway_store.errors import (
     AuditEventNotFoundError,
     InvalidEvidenceError,
     LogMismatchError,
+    UnreadableRowError,
 )
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, decode64, encode64, parse_note
 from agent_gateway_store.evidence.sealer import readable_log
@@ -81,6 +83,7 @@ _VOTES = Statement(
 
 # Chosen: of a call that was asked for more often than this under one request id, the latest.
 _ASKED = 20
+_logger = logging.getLogger("agent_gateway_store.evidence")
 _FORMAT = "agent-gateway-store evidence 1"
 # C2SP tlog-proof.
 _TLOG_PROOF = "c2sp.org/tlog-proof@v1\n"
@@ -182,8 +185,8 @@ async def prove(
     async with database.connection("read") as connection:
         with readable_log():
             found = await _PLACE.one(connection, {"p_event": event.id})
+            position, size = found["position"], found["size"]
     approval, votes = await _approval_of(database, event, hash_key)
-    position, size = found["position"], found["size"]
     if position is None or size is None or size <= position:
         return Evidence(event=event, approval=approval, votes=votes)
     try:
@@ -210,14 +213,17 @@ async def _approval_of(
         return None, ()
     try:
         approval = (await get(database, ApprovalRef.by_id(approval_id, event.org_id))).request
+        if is_blank_approval(approval.tool_call_hash, approval.risk_explanation):
+            # It is not the one that the event names any more, and nobody has forged it.
+            return None, ()
+        async with database.connection("read") as connection:
+            rows = await _VOTES.rows(connection, {"p_approval": approval.approval_id})
+        return approval, tuple(map(ApprovalVote.from_row, rows))
+    except UnreadableRowError as exc:
+        _logger.warning("The evidence of %s is without its approval: %s", event.request_id, exc)
     except ApprovalNotFoundError:
-        return None, ()
-    if is_blank_approval(approval.tool_call_hash, approval.risk_explanation):
-        # It is not the one that the event names any more, and nobody has forged it.
-        return None, ()
-    async with database.connection("read") as connection:
-        rows = await _VOTES.rows(connection, {"p_approval": approval.approval_id})
-    return approval, tuple(map(ApprovalVote.from_row, rows))
+        pass
+    return None, ()
 
 
 async def _asked_for(database: Database, event: AuditEvent, hash_key: str | None) -> UUID | None:

@@ -13,7 +13,7 @@ from sqlalchemy import BigInteger, Boolean, Integer, Text, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import LogMismatchError
+from agent_gateway_store.errors import LogMismatchError, UnreadableRowError
 from agent_gateway_store.evidence.notes import SigningKey, checkpoint_note
 from agent_gateway_store.evidence.tiles import grown, put_tiles, read_tiles
 from agent_gateway_store.evidence.tree import HASH_BYTES, TileHashes, leaf_hash, root_from, tiles_for_root
@@ -179,7 +179,7 @@ def readable_log() -> Iterator[None]:
     """Raise LogMismatchError for what the tables of the log can be made to hold and no sealer writes."""
     try:
         yield
-    except (ValueError, TypeError, OverflowError) as exc:
+    except (ValueError, TypeError, OverflowError, UnreadableRowError) as exc:
         raise LogMismatchError("The log holds what cannot be read: run `gateway-store evidence verify`.") from exc
 
 

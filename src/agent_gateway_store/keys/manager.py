@@ -11,7 +11,20 @@ from functools import partial
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import ColumnElement, Executable, Select, Text, and_, bindparam, false, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    false,
+    insert,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from agent_gateway_store import clock
@@ -26,12 +39,13 @@ from agent_gateway_store.errors import (
 from agent_gateway_store.keys.cache import REFUSED, Answer, KeyCache, VerifiedKey
 from agent_gateway_store.keys.format import digest, new_key, new_key_id, parse_key_id
 from agent_gateway_store.keys.hashing import Hasher
+from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, KeyReading, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions, first_row
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.errors import readable_rows, retry_conflicts
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
 from agent_gateway_store.storage.statements import Statement
 from agent_gateway_store.telemetry import traced
@@ -53,7 +67,6 @@ _LAST_USED_EVERY = timedelta(minutes=1)
 _LONGEST = timedelta(days=1_000_000)
 # Chosen: a database that is well reads or writes one row in milliseconds.
 _ONE_ROW_S = 5.0
-_MEND = "restore it from a backup, or delete it and issue another key"
 _logger = logging.getLogger("agent_gateway_store.keys")
 _keys = ApiKey.__table__
 
@@ -185,8 +198,7 @@ class KeyManager:
         cache.verifier.admit(key_id, fingerprint)
         version = cache.begin()
         async with self._transactions.read() as connection:
-            with readable_rows(_keys.name, _MEND):
-                row = await first_row(connection, select(_keys, *_timely()).where(self._seen(_keys.c.key_id == key_id)))
+            row = await _READ.first(connection, {"p_key_id": key_id, "p_org_id": self._org_id})
         if row is None or not row["is_active"] or row["is_expired"]:
             cache.put_unknown(version, key_id, self._org_id)
             return REFUSED
@@ -198,8 +210,7 @@ class KeyManager:
             cache.put_refused(version, fingerprint, self._org_id)
             return REFUSED
         ends = [row["expires_at"], None if matched == row["key_hash"] else row["previous_key_expires_at"]]
-        with readable_rows(_keys.name, _MEND):
-            good = VerifiedKey(_identity(row), use_due=0 if row["is_use_due"] else version.at + _until_use_due(row))
+        good = VerifiedKey(_identity(row), use_due=0 if row["is_use_due"] else version.at + _until_use_due(row))
         end = min((end for end in ends if end is not None), default=None)
         cache.put_verified(version, fingerprint, self._org_id, good, read_at=row["read_at"], end=end)
         return good
@@ -244,8 +255,8 @@ class KeyManager:
             # The key id that was read: if the key was revoked and issued again since, this one is not that.
             .where(is_own, _keys.c.is_active, _keys.c.key_id == current.key_id)
             .values(
-                previous_key_hash=_keys.c.key_hash if overlap else None,
-                previous_key_expires_at=db_now(plus=overlap) if overlap else None,
+                previous_key_hash=_keys.c.key_hash if overlap else null(),
+                previous_key_expires_at=db_now(plus=overlap) if overlap else null(),
                 key_hash=new_hash,
             )
             .returning(*_keys.c)
@@ -266,7 +277,8 @@ class KeyManager:
             ApiKeyNotFoundError: The caller has no key.
         """
         is_own = self._of_caller(storable_key(caller_id), self._organisation(org_id))
-        ended = {"is_active": False, "revoked_at": db_now(), "previous_key_hash": None, "previous_key_expires_at": None}
+        nothing = {"previous_key_hash": null(), "previous_key_expires_at": null()}
+        ended = {"is_active": False, "revoked_at": db_now(), **nothing}
         statement = update(_keys).where(is_own, _keys.c.is_active).values(ended).returning(*_keys.c)
         row = await self._change(statement, _newest(is_own))
         if row is None:
@@ -305,8 +317,10 @@ class KeyManager:
         try:
             async with self._transactions.write() as connection:
                 for statement in statements:
-                    row = await first_row(connection, statement)
+                    row = await Statement(statement).first(connection, {})
                     if row is not None:
+                        # It is revoked, whatever else its row holds.
+                        row = repaired(row)
                         await self._cache.notify(connection, row["key_id"])
                         return row
                 return None
@@ -330,11 +344,11 @@ class KeyManager:
         """
         values = {"p_caller_id": storable_key(caller_id), "p_org_id": self._organisation(org_id)}
         async with self._transactions.connection("read") as connection:
-            with readable_rows(_keys.name, _MEND):
-                row = await _GET.first(connection, values)
+            row = await _GET.first(connection, values)
         if row is None:
             raise ApiKeyNotFoundError(caller_id)
-        read_at = row.pop("read_at")
+        read_at = row["read_at"]
+        del row["read_at"]
         return KeyReading(api_key=ApiKey.from_row(row), read_at=read_at)
 
     async def list(self, limit: int = 100, offset: int = 0) -> Page[ApiKey]:
@@ -349,9 +363,8 @@ class KeyManager:
         if self._org_id is not None:
             statement = statement.where(_keys.c.org_id == self._org_id)
         async with self._transactions.read() as connection:
-            with readable_rows(_keys.name, _MEND):
-                rows = (await connection.execute(statement)).mappings().all()
-        return Page((ApiKey.from_row(dict(row)) for row in rows), columns=COLUMNS, record_type=ApiKey)
+            rows = await Statement(statement).rows(connection, {})
+        return Page((ApiKey.from_row(repaired(row)) for row in rows), columns=COLUMNS, record_type=ApiKey)
 
     def _organisation(self, org_id: str | None) -> str | None:
         """Return the organisation that is meant; None if the store is bound to another, so that nothing is found."""
@@ -364,9 +377,6 @@ class KeyManager:
 
     def _of_caller(self, caller_id: str, org_id: str | None) -> ColumnElement[bool]:
         return and_(_keys.c.caller_id == caller_id, false() if org_id is None else _keys.c.org_id == org_id)
-
-    def _seen(self, condition: ColumnElement[bool]) -> ColumnElement[bool]:
-        return condition if self._org_id is None else and_(condition, _keys.c.org_id == self._org_id)
 
 
 def _newest(condition: ColumnElement[bool]) -> Select[Any]:
@@ -397,6 +407,14 @@ def _timely() -> tuple[ColumnElement[Any], ...]:
         _is_use_due().label("is_use_due"),
         db_now().label("read_at"),
     )
+
+
+_READ = Statement(
+    select(_keys, *_timely()).where(
+        _keys.c.key_id == bindparam("p_key_id", type_=Text()),
+        or_(bindparam("p_org_id", type_=Text()).is_(None), _keys.c.org_id == bindparam("p_org_id", type_=Text())),
+    )
+)
 
 
 def _until_use_due(row: Mapping[str, Any]) -> float:

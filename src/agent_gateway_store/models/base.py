@@ -7,6 +7,7 @@ the ORM sees it. As with any SQLAlchemy row, a change inside a JSON value is not
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import cache
@@ -19,6 +20,7 @@ from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import flag_modified, set_attribute
 from sqlmodel import SQLModel
 
+from agent_gateway_store.errors import UnreadableRowError
 from agent_gateway_store.models.values import ShownAsCard
 
 # With names that follow one rule a violated constraint can be recognised, and Alembic can drop it.
@@ -30,8 +32,33 @@ NAMING_CONVENTION = {
     "pk": "pk_%(table_name)s",
 }
 
+_logger = logging.getLogger("agent_gateway_store.storage")
 _MISSING = object()
 _STATE = "_sa_instance_state"
+
+
+class UnreadableRow(dict[str, Any]):
+    """A row that was altered past the store: looked into, it raises its error.
+
+    Attributes:
+        error: Names the row, and says what to do.
+        stand_ins: Its values, with one that releases nothing for each that cannot be read.
+    """
+
+    def __init__(self, error: UnreadableRowError, stand_ins: dict[str, Any]) -> None:
+        super().__init__()
+        self.error, self.stand_ins = error, stand_ins
+
+    def __missing__(self, name: str) -> Any:
+        raise self.error
+
+
+def repaired(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its stand-ins, for what shows it among others or has changed it already; the log names it."""
+    if not isinstance(row, UnreadableRow):
+        return row
+    _logger.warning("%s", row.error)
+    return row.stand_ins
 
 
 class StoreModel(ShownAsCard, SQLModel, registry=registry(metadata=MetaData(naming_convention=NAMING_CONVENTION))):
@@ -89,6 +116,9 @@ class StoreModel(ShownAsCard, SQLModel, registry=registry(metadata=MetaData(nami
 
         Args:
             row: Column name to value, as the column types return them; every column of the table.
+
+        Raises:
+            UnreadableRowError: It is an `UnreadableRow`.
         """
         new: Self = object.__new__(cls)
         manager = _manager(cls)

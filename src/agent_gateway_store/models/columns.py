@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Integer, Text
+from sqlalchemy import JSON, BigInteger, ColumnElement, DateTime, Dialect, Integer, Text
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import ReturnTypeFromArgs
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 UTC_MIN = datetime.min.replace(tzinfo=UTC)
 UTC_MAX = datetime.max.replace(tzinfo=UTC)
+INVALID = "INVALID"
+"""What stands in place of a text that cannot be read."""
+# What no clock gives.
+_UNREADABLE = UTC_MIN + timedelta(microseconds=1)
+READABLE_SQL = (
+    f"CASE WHEN isfinite({{0}}) AND NOT {{0}} BETWEEN TIMESTAMPTZ '{UTC_MIN.isoformat()}' "
+    f"AND TIMESTAMPTZ '{UTC_MAX.isoformat()}' THEN TIMESTAMPTZ '{_UNREADABLE.isoformat()}' ELSE {{0}} END"
+)
+"""A time of PostgreSQL, whose years go on to 294276: over one that Python cannot hold the driver loses all rows."""
 
 
 def as_utc(value: datetime) -> datetime:
@@ -67,16 +78,37 @@ def Json() -> TypeEngine[Any]:  # noqa: N802
     return JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
+class _Readable(ReturnTypeFromArgs[datetime]):
+    inherit_cache = True
+
+
+@compiles(_Readable)
+def _plain(element: _Readable, compiler: Any, **options: Any) -> str:
+    text: str = compiler.process(element.clauses, **options)
+    return text
+
+
+@compiles(_Readable, "postgresql")
+def _readable(element: _Readable, compiler: Any, **options: Any) -> str:
+    return READABLE_SQL.format(compiler.process(element.clauses, **options))
+
+
 class UtcDateTime(TypeDecorator[datetime]):
     """An instant: stored in UTC, read back aware."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        return _Readable(column)
+
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return None if value is None else as_utc(value)
 
-    process_result_value = process_bind_param
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value == _UNREADABLE:
+            raise OverflowError("a time that Python cannot hold")
+        return None if value is None else as_utc(value)
 
 
 class EnumText(TypeDecorator[Any]):

@@ -27,6 +27,7 @@ from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.exclusive import StillHeld
+from agent_gateway_store.storage.statements import Statement
 
 _approvals = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
@@ -69,7 +70,7 @@ class ApprovalPruner:
             archived = {UUID(record["approval"]["approval_id"]): record for record in records}
             async with self._database.read() as connection:
                 left = select(_approvals).where(_approvals.c.approval_id.in_(archived), _is_over(db_now()))
-                found = {row["approval_id"]: _plain(row) for row in (await connection.execute(left)).mappings()}
+                found = {row["approval_id"]: _plain(row) for row in await Statement(left).rows(connection, {})}
                 votes = await _of(connection, _votes, list(found))
             # After a restore, another decision may have been made since.
             ids = [
@@ -87,9 +88,8 @@ class ApprovalPruner:
     async def step(self, still_locked: StillHeld) -> PrunedApprovals:
         """Prune one batch; of none approvals at the end."""
         async with self._database.read() as connection:
-            found = (await connection.execute(
-                select(_approvals).where(_is_over(self._before)).order_by(_approvals.c.id).limit(_BATCH_ROWS)
-            )).mappings().all()  # fmt: skip
+            over = select(_approvals).where(_is_over(self._before)).order_by(_approvals.c.id).limit(_BATCH_ROWS)
+            found = await Statement(over).rows(connection, {})
             ids = [row["approval_id"] for row in found]
             votes = await _of(connection, _votes, ids)
             delivered = await _of(connection, _notices, ids, _notices.c.status == "DELIVERED")
@@ -148,7 +148,7 @@ async def _of(connection: AsyncConnection, table: Table, ids: Sequence[Any], *wh
     """Return the rows about some approvals, by approval."""
     found: dict[Any, list[Any]] = {}
     statement = select(table).where(table.c.approval_id.in_(ids), *where).order_by(table.c.id)
-    for row in (await connection.execute(statement)).mappings():
+    for row in await Statement(statement).rows(connection, {}):
         found.setdefault(row["approval_id"], []).append(_plain(row))
     return found
 

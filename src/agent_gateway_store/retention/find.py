@@ -18,11 +18,13 @@ from agent_gateway_store.archive.reader import Archive, rows_of
 from agent_gateway_store.audit.doors import is_door
 from agent_gateway_store.audit.selects import table as events
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote
+from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.columns import as_utc
 from agent_gateway_store.models.retention import FoundRecord
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.filters import identifier, like, searched_text
+from agent_gateway_store.storage.statements import Statement
 
 _approvals = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
@@ -53,8 +55,8 @@ async def find(
         if wanted is not None:
             matches = and_(matches, _has_text(events, _EVENT_TEXTS, wanted))
         statement = select(*(events.c[name] for name in _SHOWN)).where(matches, ~is_door()).order_by(events.c.id)
-        for row in await connection.execute(statement):
-            found.append(FoundRecord(kind="event", **row._mapping))
+        for row in await Statement(statement).rows(connection, {}):
+            found.append(FoundRecord(kind="event", **repaired(row)))
         approval = _approvals.c
         columns = (approval.request_id, approval.org_id, approval.caller_id, approval.approval_id, approval.tool_call)
         matches = _matches(_approvals, own)
@@ -64,8 +66,8 @@ async def find(
                 matches, or_(_has_text(_approvals, _APPROVAL_TEXTS, wanted), approval.approval_id.in_(voted))
             )
         statement = select(*columns, approval.created_at.label("timestamp")).where(matches).order_by(approval.id)
-        for row in await connection.execute(statement):
-            values = dict(row._mapping)
+        for row in await Statement(statement).rows(connection, {}):
+            values = dict(repaired(row))
             tool = values.pop("tool_call").tool
             found.append(FoundRecord(kind="approval", tool_name=tool, **values))
     if archive is not None:

@@ -30,8 +30,12 @@ from agent_gateway_store.audit.doors import HOLD, RELEASE, write_door
 from agent_gateway_store.audit.filters import criteria
 from agent_gateway_store.audit.selects import conditions
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import HoldNotFoundError
+from agent_gateway_store.errors import HoldNotFoundError, UnreadableRowError
+from agent_gateway_store.models.base import repaired
+from agent_gateway_store.models.columns import INVALID
 from agent_gateway_store.models.retention import AuditHold, AuditPrune, Hold
+from agent_gateway_store.storage.errors import readable_rows
+from agent_gateway_store.storage.statements import Statement
 
 _holds = AuditHold.__table__
 _prunes = AuditPrune.__table__
@@ -69,13 +73,32 @@ def covers(dialect: str, filters: Mapping[str, Any]) -> ColumnElement[bool]:
     return func.coalesce(replacement_traverse(matches, {}, with_value), false())
 
 
-async def read_holds(connection: AsyncConnection) -> list[Hold]:
-    """Return the holds in force, oldest first."""
-    rows = await connection.execute(select(_holds).order_by(_holds.c.placed_at, _holds.c.name))
-    return [
-        Hold(name=row.name, reason=row.reason, by=row.placed_by, placed_at=row.placed_at, filters=row.filters)
-        for row in rows
-    ]
+_HOLDS = Statement(select(_holds).order_by(_holds.c.placed_at, _holds.c.name))
+
+
+async def read_holds(connection: AsyncConnection, *, repairs: bool = False) -> list[Hold]:
+    """Return the holds in force, oldest first.
+
+    Args:
+        connection: In a transaction.
+        repairs: Return one that cannot be read without filters, and with a word about it for its reason.
+
+    Raises:
+        UnreadableRowError: One cannot be read: it may cover anything.
+    """
+    found = []
+    for row in await _HOLDS.rows(connection, {}):
+        shown = repaired(row)
+        hold = {name: shown[name] for name in ("name", "reason", "placed_at", "filters")}
+        try:
+            with readable_rows(f"Row {shown['name']} of {_holds.name}", "release this hold, and place it anew"):
+                criteria(row["filters"], org_id=None)
+        except UnreadableRowError as exc:
+            if not repairs:
+                raise
+            hold |= {"filters": {}, "reason": f"{INVALID}: {exc}"}
+        found.append(Hold(by=shown["placed_by"], **hold))
+    return found
 
 
 async def lock_holds(connection: AsyncConnection) -> list[Hold]:
@@ -121,7 +144,7 @@ async def place(
 
 async def release(connection: AsyncConnection, name: str, *, by: str, environment: str) -> Hold:
     """Release a hold and write the event that says so; HoldNotFoundError if there is none of this name."""
-    found = next((each for each in await read_holds(connection) if each.name == name), None)
+    found = next((each for each in await read_holds(connection, repairs=True) if each.name == name), None)
     if found is None:
         raise HoldNotFoundError(name)
     await connection.execute(delete(_holds).where(_holds.c.name == name))

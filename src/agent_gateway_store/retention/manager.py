@@ -199,7 +199,7 @@ class RetentionManager:
         """Return the holds in force, oldest first; ValueError on a store that is bound to one organisation."""
         require_all(self._org_id)
         async with self._database.read() as connection:
-            return Page(await holds.read_holds(connection))
+            return Page(await holds.read_holds(connection, repairs=True))
 
     async def erase(
         self, request_id: str, *, reason: str, by: str, archive: str | PathLike[str] | None = None

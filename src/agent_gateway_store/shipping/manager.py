@@ -12,12 +12,14 @@ from agent_gateway_store.audit.selects import table as events
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import InvalidCursorError
+from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.shipping import EVERY_ORG
 from agent_gateway_store.results import Page
 from agent_gateway_store.shipping.shipper import FORGET, letters, sinks
 from agent_gateway_store.storage.database import Database, changed
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
+from agent_gateway_store.storage.statements import Statement
 
 _COLUMNS = ("sink", "org_id", "lag_s", "dead", "due", "moved_at", "last_error")
 _LETTER = ("created_at", "sink", "org_id", "request_id", "error", "is_due", "event_id")
@@ -49,7 +51,7 @@ class SinkManager:
         )
         listed = select(sinks).where(*self._own(sinks)).order_by(sinks.c.sink, sinks.c.org_id)
         async with self._database.read() as connection:
-            kept = (await connection.execute(listed)).mappings().all()
+            kept = list(map(repaired, await Statement(listed).rows(connection, {})))
             counts = {(row.sink, row.org_id): row for row in await connection.execute(counted)}
         found = []
         for row in kept:
@@ -86,7 +88,7 @@ class SinkManager:
             .limit(limit)
         )
         async with self._database.read() as connection:
-            rows = (await connection.execute(statement)).mappings().all()
+            rows = map(repaired, await Statement(statement).rows(connection, {}))
         return Page([{name: row[name] for name in _LETTER} for row in rows], columns=_LETTER)
 
     async def redrive(self, sink: str | None = None) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store.results.arrow import arrow, arrow_schema, conform, text_schema
 from agent_gateway_store.results.cells import Column
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.statements import Statement
-from agent_gateway_store.storage.streaming import Rows, copied, streamed
+from agent_gateway_store.storage.streaming import Rows, built, copied, streamed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +55,7 @@ async def arrow_blocks(
         return
 
     def take_rows(rows: Rows) -> None:
-        take(_from_rows(rows, columns))
+        take(built(query, rows, partial(_from_rows, columns=columns)))
 
     async with aclosing(streamed(database, query, values, batch=_BATCH_ROWS * block_bytes // _BLOCK_BYTES)) as batches:
         async for rows in batches:

@@ -33,8 +33,12 @@ from agent_gateway_store.errors import (
     SessionInUseError,
     StoreUnavailableError,
     TransactionConflictError,
+    UnreadableRowError,
 )
 from agent_gateway_store.models.base import metadata
+
+RESTORE = "restore it from a backup"
+"""What to do about a row that cannot be read, as it ends the sentence."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -160,11 +164,11 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
 
 
 @contextmanager
-def readable_rows(table: str, step: str) -> Iterator[None]:
-    """Turn what is raised over a row that was written past the store into StoreUnavailableError.
+def readable_rows(row: str, step: str) -> Iterator[None]:
+    """Turn what is raised over a row that was written past the store into UnreadableRowError.
 
     Args:
-        table: Where the row is.
+        row: Which, as it begins the sentence.
         step: What to do, as it ends the sentence.
     """
     try:
@@ -172,9 +176,23 @@ def readable_rows(table: str, step: str) -> Iterator[None]:
     except GatewayStoreError:
         raise
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as exc:
-        raise StoreUnavailableError(
-            f"A row of {table} holds what no store writes ({type(exc).__name__}): {step}."
-        ) from exc
+        raise UnreadableRowError(f"{row} holds what no store writes ({type(exc).__name__}): {step}.") from exc
+
+
+def is_bad_text(exc: BaseException) -> bool:
+    """True if SQLite, which keeps any bytes as text, holds some that are not UTF-8."""
+    return "decode to UTF-8" in str(driver_error(exc))
+
+
+@contextmanager
+def readable_text(table: str) -> Iterator[None]:
+    """Turn what SQLite's driver raises over such text into UnreadableRowError."""
+    try:
+        yield
+    except sqlite3.OperationalError as exc:
+        if not is_bad_text(exc):
+            raise
+        raise UnreadableRowError(f"A row of {table} holds text that is not UTF-8: {RESTORE}.") from exc
 
 
 def _is_shared(exc: BaseException) -> bool:
@@ -284,6 +302,8 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
         return StoreUnavailableError(f"The database could not {doing}: {_tls_hint(error)}.")
     if is_id_taken(exc):
         return StoreUnavailableError(f"The database could not {doing}: {IDS_IN_USE}.")
+    if is_bad_text(exc):
+        return UnreadableRowError(f"The database could not {doing}: a row holds text that is not UTF-8: {RESTORE}.")
     if _misses_schema(exc):
         return SchemaOutOfDateError(
             f"The database could not {doing}: a table or column is missing. Run `gateway-store db upgrade`."

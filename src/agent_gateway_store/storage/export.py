@@ -30,7 +30,7 @@ from agent_gateway_store.storage.files import (
     sync,
 )
 from agent_gateway_store.storage.statements import Statement
-from agent_gateway_store.storage.streaming import Rows, streamed
+from agent_gateway_store.storage.streaming import Rows, built, streamed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -137,7 +137,7 @@ async def _write_lines(
     report: Callable[[int], None],
 ) -> int:
     def write_rows(rows: Rows) -> None:
-        write("".join(map(line, rows)).encode())
+        write(built(query, rows, lambda some: "".join(map(line, some)).encode()))
 
     done = 0
     query = source.statement.compiled(database.engine.dialect)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
 from sqlalchemy import (
     JSON,
+    BindParameter,
     ColumnElement,
     Dialect,
     Executable,
     Float,
     Integer,
+    Text,
     any_,
     bindparam,
     column,
@@ -29,19 +31,24 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import TextualSelect
 from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store import clock
-from agent_gateway_store.models.columns import Json
+from agent_gateway_store.errors import UnreadableRowError
+from agent_gateway_store.models.base import UnreadableRow
+from agent_gateway_store.models.columns import INVALID, UTC_MIN, EnumText, Json, JsonOf, UtcDateTime
+from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection
 from agent_gateway_store.storage.db_clock import CLOCK_OFFSET
+from agent_gateway_store.storage.errors import RESTORE, is_bad_text
 
 _Processor: TypeAlias = Callable[[Any], Any] | None
 _PARAMETER = re.compile(r":(p_\w+)")
+_STAND_INS: dict[type, Any] = {str: INVALID, int: 0, bool: False, UUID: UUID(int=0), dict: {}}
 
 
 class Statement:
@@ -67,6 +74,8 @@ class Statement:
     async def first(self, connection: AnyConnection, values: Mapping[str, Any]) -> dict[str, Any] | None:
         """Run with those of `values` that it names, and return the first row by column name, or None.
 
+        A row that was altered so that it cannot be read is an `UnreadableRow`, and hides no other.
+
         Raises:
             sqlalchemy.exc.IntegrityError: A constraint refuses the row.
         """
@@ -78,19 +87,26 @@ class Statement:
 
     async def rows(self, connection: AnyConnection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Do as `first`, and return every row."""
-        compiled = self.compiled(connection.dialect)
-        if isinstance(connection, RawConnection):
-            return await compiled.run(connection.driver, values)
-        result = await connection.execute(compiled.statement, compiled.named(values))
-        return [dict(row) for row in result.mappings()]
+        return list(map(self.compiled(connection.dialect).read, await self.tuples(connection, values)))
 
     async def tuples(self, connection: AnyConnection, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         """Run and return every row as the driver gives it, without converting values."""
         compiled = self.compiled(connection.dialect)
-        arguments = compiled.arguments(values)
         if isinstance(connection, RawConnection):
-            return await connection.driver.fetch(compiled.text, *arguments)  # type: ignore[no-any-return]
-        return (await connection.exec_driver_sql(compiled.text, tuple(arguments))).all()
+            return await compiled.run(connection.driver, values)
+        arguments = tuple(compiled.arguments(values))
+        try:
+            return (await connection.exec_driver_sql(compiled.text, arguments)).all()
+        except OperationalError as exc:
+            # What writes is not run again.
+            if not is_bad_text(exc) or compiled.text.split(None, 1)[0] != "SELECT":
+                raise
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver.text_factory = lambda stored: stored.decode(errors="backslashreplace")
+        try:
+            return (await connection.exec_driver_sql(compiled.text, arguments)).all()
+        finally:
+            driver.text_factory = str
 
 
 class CompiledStatement:
@@ -103,51 +119,100 @@ class CompiledStatement:
 
     def __init__(self, statement: Executable, dialect: Dialect) -> None:
         self.statement = statement
-        sql: SQLCompiler = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+        written = {"render_postcompile": True}
+        sql: SQLCompiler = statement.compile(dialect=dialect, compile_kwargs=written)  # type: ignore[attr-defined]
         self.text = str(sql)
-        self._names = frozenset(sql.params)
         # Parameters that the dialect adds, such as the OFFSET 0 that SQLite's compiler writes after each LIMIT.
         self._own = {name: value for name, value in sql.params.items() if value is not None}
         self._parameters: list[tuple[str, _Processor]] = [
-            (name, sql.binds[name].type.dialect_impl(dialect).bind_processor(dialect)) for name in sql.positiontup or ()
+            (name, _bind(sql, name).type.dialect_impl(dialect).bind_processor(dialect))
+            for name in sql.positiontup or ()
         ]
         self._dialect = dialect
 
     @cached_property
     def _fields(self) -> list[tuple[str, _Processor]]:
-        columns = getattr(self.statement, "exported_columns", ())
-        return [
-            (column.name, column.type.dialect_impl(self._dialect).result_processor(self._dialect, None))
-            for column in columns
-        ]
+        return [(column.name, _processor(column.type, self._dialect)) for column in self._columns]
 
-    def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of `values` that the statement names, the clock's offset among them."""
-        given = self._given(values)
-        return {name: given[name] for name in self._names}
+    @property
+    def table(self) -> str:
+        """The name of the table that its rows are of."""
+        tables = (f"{each.table}" for each in self._columns if getattr(each, "table", None) is not None)
+        return next(tables, "the database")
+
+    @property
+    def _columns(self) -> Iterable[ColumnElement[Any]]:
+        return getattr(self.statement, "exported_columns", ())
 
     def arguments(self, values: Mapping[str, Any]) -> list[Any]:
         """Return the parameters in their order, encoded as the driver takes them."""
-        given = self._given(values)
+        given = {**self._own, CLOCK_OFFSET: clock.offset().total_seconds(), **values}
         return [given[name] if process is None else process(given[name]) for name, process in self._parameters]
 
-    def _given(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self._own, CLOCK_OFFSET: clock.offset().total_seconds(), **values}
-
-    async def run(self, driver: asyncpg.Connection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Run on the driver and return the rows by column name."""
+    async def run(self, driver: asyncpg.Connection, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        """Run on the driver and return its rows."""
         try:
-            rows = await driver.fetch(self.text, *self.arguments(values))
+            return await driver.fetch(self.text, *self.arguments(values))  # type: ignore[no-any-return]
         except asyncpg.IntegrityConstraintViolationError as exc:
             # As SQLAlchemy raises it, so that callers need to know one error only.
             raise IntegrityError(None, None, exc) from exc
-        return [
-            {
+
+    def read(self, row: Sequence[Any]) -> dict[str, Any]:
+        """Return a row of the driver by column name."""
+        try:
+            return {
                 name: value if process is None else process(value)
-                for (name, process), value in zip(self._fields, row.values(), strict=True)
+                for (name, process), value in zip(self._fields, row, strict=True)
             }
-            for row in rows
-        ]
+        except Exception:
+            # Every error means the same, also one of the recursion in deep JSON.
+            return self._unreadable(row)
+
+    def _unreadable(self, row: Sequence[Any]) -> UnreadableRow:
+        found, wrong, place = {}, [], "A row"
+        for each, (name, process), value in zip(self._columns, self._fields, row, strict=True):
+            try:
+                found[name] = value if process is None else process(value)
+            except Exception:
+                found[name] = _stand_in(each)
+                wrong.append(name)
+            if getattr(each, "primary_key", False):
+                place = f"Row {found[name]}"
+        error = f"{place} of {self.table} holds what no store writes ({', '.join(wrong)}): {RESTORE}."
+        return UnreadableRow(UnreadableRowError(error), found)
+
+
+def _bind(sql: SQLCompiler, name: str) -> BindParameter[Any]:
+    # Each value of an IN is a parameter of its own, with a number behind the name of the one that was written.
+    return sql.binds[name if name in sql.binds else name.rpartition("_")[0]]
+
+
+def _processor(kind: TypeEngine[Any], dialect: Dialect) -> _Processor:
+    if isinstance(kind, Text | Integer | Float):
+        # SQLite's columns keep anything.
+        return partial(_exactly, kind.python_type) if dialect.name == "sqlite" else None
+    return kind.dialect_impl(dialect).result_processor(dialect, None)
+
+
+def _exactly(kind: type, value: Any) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError("a value of another kind")
+    return value
+
+
+def _stand_in(column: ColumnElement[Any]) -> Any:
+    kind = column.type
+    # A label has none.
+    if getattr(getattr(column, "element", column), "nullable", True):
+        return None
+    if isinstance(kind, UtcDateTime):
+        return UTC_MIN
+    if isinstance(kind, EnumText):
+        # The first level is the lowest; the last status is one of what is over.
+        return list(kind.enum)[0 if issubclass(kind.enum, int) else -1]
+    if isinstance(kind, JsonOf) and kind.type_ is ToolCall:
+        return ToolCall(server=INVALID, tool=INVALID)
+    return _STAND_INS.get(kind.python_type)
 
 
 def typed_text(

@@ -14,7 +14,7 @@ from sqlalchemy import Dialect
 
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.storage.database import Database, Transactions
-from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.errors import RESTORE, is_bad_text, readable_rows, readable_text, retry_conflicts
 from agent_gateway_store.storage.statements import CompiledStatement, Statement
 from agent_gateway_store.storage.urls import is_memory
 
@@ -72,8 +72,8 @@ class Snapshot:
         try:
             return await _fetched(self._driver, compiled.text, arguments)
         except sqlite3.OperationalError as exc:
-            # SQLite keeps any bytes as text. Read like this at need alone: it takes a call for each value.
-            if "decode to UTF-8" not in str(exc):
+            # Read like this at need alone: it takes a call for each value.
+            if not is_bad_text(exc):
                 raise
             self._driver.text_factory = lambda stored: stored.decode(errors="surrogateescape")
             return await _fetched(self._driver, compiled.text, arguments)
@@ -105,12 +105,33 @@ async def _fetched(driver: Any, text: str, arguments: Sequence[Any]) -> Rows:
     return await driver.fetch(text, *arguments, timeout=LONGEST_S)  # type: ignore[no-any-return]
 
 
-async def _batches(driver: Any, text: str, arguments: Sequence[Any], batch: int) -> AsyncGenerator[Rows, None]:
+def built(query: CompiledStatement, rows: Rows, build: Callable[[Rows], T]) -> T:
+    """Return what `build` makes of rows of a query whose first column is their id.
+
+    Raises:
+        UnreadableRowError: One of them was altered so that it cannot be read.
+    """
+    try:
+        return build(rows)
+    except Exception:
+        for row in rows:
+            with readable_rows(f"Row {row[0]} of {query.table}", RESTORE):
+                build([row])
+        raise
+
+
+async def _batches(
+    driver: Any, query: CompiledStatement, arguments: Sequence[Any], batch: int
+) -> AsyncGenerator[Rows, None]:
+    text = query.text
     if isinstance(driver, aiosqlite.Connection):
         async with driver.execute(text, arguments) as cursor:
-            while found := list(await cursor.fetchmany(batch)):
+            while True:
+                with readable_text(query.table):
+                    found = list(await cursor.fetchmany(batch))
+                if not found:
+                    return
                 yield found
-        return
     # Without a name: asyncpg counts them in each process, and one that stays in a connection of PgBouncer would meet
     # that of the next gateway.
     statement = await driver.prepare(text, name="", timeout=LONGEST_S)
@@ -124,7 +145,8 @@ async def fetched(database: Database, query: CompiledStatement, values: Mapping[
     """Return all rows of a query that may take long."""
     arguments = query.arguments(values)
     async with database.raw_connection() as driver, _long_read(driver):
-        return await _fetched(driver, query.text, arguments)
+        with readable_text(query.table):
+            return await _fetched(driver, query.text, arguments)
 
 
 async def read_all(source: Transactions, query: Statement, values: Mapping[str, Any]) -> Rows:
@@ -149,7 +171,7 @@ async def streamed(
     async with (
         database.raw_connection() as driver,
         _long_read(driver),
-        aclosing(_batches(driver, query.text, arguments, batch)) as batches,
+        aclosing(_batches(driver, query, arguments, batch)) as batches,
     ):
         async for rows in batches:
             yield rows
