@@ -181,11 +181,11 @@ async def test_what_another_organisation_asked_is_not_exported(store: GatewaySto
 
 
 async def record_notices(store: GatewayStore) -> None:
-    """Write what the store has sent of four approvals, as if a notifier were loaded."""
+    """Write what the store has sent of four approvals, to a notifier that is not loaded here."""
     ids = [request.approval_id for request in await store.approvals.search()]
     async with AsyncSession(store.database.engine) as session:
         session.add_all(
-            NotificationDelivery(approval_id=each, notifier="log", event="pending", payload={}) for each in ids
+            NotificationDelivery(approval_id=each, notifier="elsewhere", event="pending", payload={}) for each in ids
         )
         await session.commit()
 
@@ -200,12 +200,37 @@ async def test_cursors_from_before_a_restore_are_refused(store: GatewayStore) ->
     for search, cursor in zip(searches, before, strict=True):
         assert await search(limit=2, cursor=cursor)
 
-    await renew_identity(store.database.engine, by="operator", environment="test")
+    await renew_identity(store.database.engine, by="operator", environment="test", keep_approvals=True)
 
     for search, cursor in zip(searches, before, strict=True):
         with pytest.raises(errors.InvalidCursorError, match="db restored"):
             await search(limit=2, cursor=cursor)
         assert await search(limit=2, cursor=(await search(limit=2)).next_cursor)
+
+
+async def test_a_restore_ends_what_may_have_been_decided_or_used_since(store: GatewayStore) -> None:
+    """With the notices of it that were not sent, unless it is kept; what is over stays as it is."""
+    await store.approvals.issue_token(
+        make_request(request_id="late", expires_at=clock.utc_now() + timedelta(seconds=5))
+    )
+    approved, *_, pending = await filled(store)
+    await record_notices(store)
+    kept = await renew_identity(store.database.engine, by="ann", environment="test", keep_approvals=True)
+    assert (kept["approvals_cancelled"], (await store.approvals.check_token(approved)).status) == (0, "APPROVED")
+
+    facts = await renew_identity(store.database.engine, by="ann", environment="test")
+
+    states = {each.request_id: (str(each.status), each.approver_note) for each in await store.approvals.search()}
+    ended = ("CANCELLED", "Restored from a backup.")
+    over = {"r-1": ("DENIED", '"No", said Dora\n'), "r-2": ("USED", ""), "late": ("EXPIRED", "")}
+    assert (facts["approvals_cancelled"], states) == (2, {"r-0": ended, "r-3": ended, **over})
+    left = {notice.approval_id for notice in await store.notifications.list(notifier="elsewhere")}
+    assert left == {each.approval_id for each in await store.approvals.search() if each.request_id in over}
+    call = ToolCall(server="s", tool="t-0", arguments={"text": "=1+1, \n ü"})
+    with pytest.raises(errors.ApprovalNotApprovedError, match="CANCELLED"):
+        await store.approvals.consume_token(approved, caller_id="agent-0", tool_call=call)
+    with pytest.raises(errors.ApprovalAlreadyDecidedError, match="ann"):
+        await store.approvals.approve(pending, "carla")
 
 
 async def test_an_outcome_that_was_told_is_not_unknown(store: GatewayStore) -> None:

@@ -122,7 +122,11 @@ def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.Fixtu
         servers.run(tamper_with(url, f"UPDATE audit_events SET transaction_id = {ahead}"))
     blank = cli("db", "restored", "--by", " ")
     assert (blank.code, "--by must not be empty" in blank.err) == (2, True)
-    found = cli("db", "restored", "--by", "ann", "--json").json
+    cli("keys", "issue", "bot", "--role", "developer")
+    ended = cli("db", "restored", "--by", "ann", "--json")
+    found = ended.json
+    assert "Approvals cancelled: 0." in ended.err
+    assert "Active API keys: 1. Those revoked or rotated since the backup are valid again" in ended.err
 
     event, *_ = cli("audit", "search", "--tool", "db.restored", "--json").json["items"]
     assert (event["mcp_server"], event["caller_id"], event["sanitized_args"]) == ("gateway-store", "ann", found)

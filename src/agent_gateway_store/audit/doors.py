@@ -6,15 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, and_, func, insert, or_, select, text, update
+from sqlalchemy import ColumnElement, and_, bindparam, case, delete, func, insert, or_, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.record import encode_event, key_of
 from agent_gateway_store.audit.selects import table
+from agent_gateway_store.encoding.sanitize import storable_key
+from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
+from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDelivery
 from agent_gateway_store.models.evidence import AuditCheckpoint, identity_table
+from agent_gateway_store.models.keys import ApiKey
 from agent_gateway_store.models.retention import AuditPrune
+from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.identity import IDENTITY
 from agent_gateway_store.storage.sequences import advance
@@ -97,7 +103,31 @@ _LAST_CHECKPOINT = (
 )
 
 
-async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> dict[str, str | int | None]:
+async def _end_approvals(connection: AsyncConnection, by: str) -> int:
+    """Cancel each approval that could be decided or used, with its unsent notices; return how many these were."""
+    requests, notices = ApprovalRequest.__table__, NotificationDelivery.__table__
+    approved = requests.c.status == ApprovalStatus.APPROVED
+    end = func.coalesce(case((approved, requests.c.use_before)), requests.c.expires_at)
+    ended = (
+        update(requests)
+        .where(or_(approved, requests.c.status == ApprovalStatus.PENDING), end > db_now())
+        .values(status=ApprovalStatus.CANCELLED, version=requests.c.version + 1, decision_at=db_now())
+        .values(approver_id=storable_key(by), approver_note="Restored from a backup.")
+        .returning(requests.c.approval_id)
+    )
+    ids = (await connection.execute(ended)).scalars().all()
+    if ids:
+        # One for each: together they may be more parameters than a statement takes.
+        unsent = delete(notices).where(
+            notices.c.approval_id == bindparam("ended"), notices.c.status == DeliveryStatus.DUE
+        )
+        await connection.execute(unsent, [{"ended": each} for each in ids])
+    return len(ids)
+
+
+async def renew_identity(
+    engine: AsyncEngine, *, by: str, environment: str, keep_approvals: bool = False
+) -> dict[str, str | int | None]:
     """Give the database a new identity, and write an audit event that says so, in one transaction.
 
     On PostgreSQL, new ids then begin after those that are there, which they do not in a copy without its sequences; and
@@ -106,14 +136,18 @@ async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> d
     Every event that is there becomes history for followers: it is read from the beginning and is never new, whatever
     its transaction id is. Cursors from before are refused. No event is changed.
 
+    Approvals that can still be decided or used are cancelled: after the backup they may have been used, or denied.
+
     Args:
-        engine: A role that may write the table `database_identity`.
-        by: The `caller_id` of the event.
+        engine: A role that may write the tables, as their owner does.
+        by: The `caller_id` of the event, and who cancelled the approvals.
         environment: The event's.
+        keep_approvals: Cancel none: nothing was decided or used after the backup.
 
     Returns:
-        `old_identity` (None if the row was missing), `new_identity`, `history_id`, the highest id of an event, and
-        `old_origin`, `old_size` and `old_root_hash` of the last checkpoint of the sealed log (None without one).
+        `old_identity` (None if the row was missing), `new_identity`, `history_id`, the highest id of an event,
+        `old_origin`, `old_size` and `old_root_hash` of the last checkpoint of the sealed log (None without one),
+        `approvals_cancelled`, and `active_keys`: how many API keys are not revoked.
 
     Raises:
         StoreUnavailableError: The database does not answer, or the role may not do this.
@@ -132,6 +166,9 @@ async def renew_identity(engine: AsyncEngine, *, by: str, environment: str) -> d
             last = (await connection.execute(_LAST_CHECKPOINT)).first() or (None, None, None)
             facts = {"old_identity": old, "new_identity": new, "history_id": history_id}
             facts |= dict(zip(("old_origin", "old_size", "old_root_hash"), last, strict=True))
+            facts["approvals_cancelled"] = 0 if keep_approvals else await _end_approvals(connection, by)
+            active = select(func.count()).where(ApiKey.__table__.c.is_active)
+            facts["active_keys"] = (await connection.execute(active)).scalar_one()
             # They are those of the server that it was; its events are history now.
             await connection.execute(update(AuditPrune.__table__).values(last_transaction_id=None))
             why = "An operator said that this database came up from a backup."

@@ -107,9 +107,15 @@ def check(ctx: typer.Context, json: JsonOption = False) -> None:
 def restored(
     ctx: typer.Context,
     by: Annotated[str, typer.Option(help="Who says so, as the audit event names them.")],
+    keep_approvals: Annotated[
+        bool, typer.Option("--keep-approvals", help="Cancel no approval: none was decided or used after the backup.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Give a database that came up from a backup a new identity. Run it once, before anything writes there."""
+    """Give a database from a backup a new identity, and cancel its open approvals.
+
+    Run it once, before anything writes there: until then what was used after the backup can be used again.
+    """
     require_no_org(ctx)
     if not by.strip():
         raise typer.BadParameter("--by must not be empty.")
@@ -123,11 +129,18 @@ def restored(
         if state["state"] != "current":
             raise migrate.out_of_date(state["current"])
         async with engine_for(settings.database_url) as engine:
-            return await renew_identity(engine, by=by.strip(), environment=settings.environment)
+            return await renew_identity(
+                engine, by=by.strip(), environment=settings.environment, keep_approvals=keep_approvals
+            )
 
     facts = run(work())
     text = f"The database is {facts['new_identity']} from now on, and no longer {facts['old_identity']}."
     print_result(facts, text, as_json=json)
+    complain(f"Approvals cancelled: {facts['approvals_cancelled']}{' (all are kept)' if keep_approvals else ''}.")
+    complain(
+        f"Active API keys: {facts['active_keys']}. Those revoked or rotated since the backup are valid again: "
+        "revoke them (see `gateway-store keys list`)."
+    )
     complain("Restart the gateways that have it open, and begin with new cursors.")
 
 
