@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cli_helpers
 import pytest
@@ -15,13 +17,13 @@ from redis import Redis
 from sqlalchemy import make_url
 
 import servers
-from agent_gateway_store import GatewayStore, SyncGatewayStore, ToolCall
+from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, ToolCall, clock
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.spool import Spool
 from builders import make_event, make_request
 from commands import Outcome, event_line, gateway_store
 from pages import DOCS
-from proofs.harness import identity_of
+from proofs.harness import identity_of, spooled_ids
 
 limited_url = cli_helpers.limited_url
 
@@ -255,6 +257,46 @@ def test_doctor_names_tables_of_which_policies_hide_rows(migrated_postgres_datab
     assert any("Row-level security of audit_leaves" in warning for warning in outcome.json["warnings"])
 
 
+def test_an_event_that_a_policy_refuses_costs_no_other_and_doctor_names_it(limited_url: str) -> None:
+    """It is set aside, alone, in a batch and from the spool; without a grant, which may come, all events wait."""
+    owner, role = make_url(limited_url).set(username="postgres"), make_url(limited_url).username
+    path = StoreSettings().audit_spool_path
+
+    def as_owner(statement: str) -> None:
+        servers.run(execute_on(owner.render_as_string(hide_password=False), statement))
+
+    async def outcomes() -> list[Any]:
+        async with GatewayStore(limited_url, redis_url="") as store:
+            found: list[Any] = [await store.audit.write(make_event(org_id=org)) for org in ("other", "acme")]
+            found.append(await store.audit.write_many(make_event(org_id=org) for org in ("acme", "other", "acme")))
+            return [*found, await store.audit.flush()]
+
+    as_owner("ALTER TABLE audit_events ENABLE ROW LEVEL SECURITY")
+    as_owner(f"CREATE POLICY own ON audit_events TO {role} USING (org_id = 'acme')")
+    for org in ("other", "acme"):
+        servers.run(_spool(limited_url, path, (org, None), org_id=org))
+    assert servers.run(outcomes()) == ["SPOOLED", "STORED", {"STORED": 2, "SPOOLED": 1}, 0]
+    assert len(spooled_ids(path, poisoned=True)) == 3
+    refused, own = (
+        gateway_store("--database-url", limited_url, *org, "doctor", "--json") for org in ((), ("--org", "acme"))
+    )
+    assert (refused.code, refused.json["database"]["takes_events"]) == (1, False)
+    assert "policy on audit_events" in refused.json["problems"][0]
+    assert (own.code, own.json["database"]["takes_events"]) == (0, True)
+
+    raised = "RAISE 'no' USING ERRCODE = 'insufficient_privilege'"
+    as_owner(f"CREATE FUNCTION forbid() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {raised}; END $$")
+    forbidden = "BEFORE INSERT ON audit_events FOR EACH ROW WHEN (NEW.org_id = 'other')"
+    as_owner(f"CREATE TRIGGER forbid {forbidden} EXECUTE FUNCTION forbid()")
+    assert servers.run(outcomes()) == ["SPOOLED", "STORED", {"STORED": 2, "SPOOLED": 1}, 0]
+    as_owner(f"REVOKE INSERT ON audit_events FROM {role}")
+    as_owner(f"REVOKE ALL (org_id) ON audit_events FROM {role}")
+    assert servers.run(outcomes())[-1] == 5
+    clock.move(timedelta(hours=2))
+    late = gateway_store("--database-url", limited_url, "doctor", "--json")
+    assert (late.code, "5 events wait" in late.json["problems"][-1]) == (1, True)
+
+
 def test_doctor_finds_a_disk_without_room_for_the_spool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found before the outage in which events would be lost."""
     gateway_store("db", "upgrade")
@@ -345,10 +387,11 @@ def test_doctor_lists_every_database_that_events_wait_for(tmp_path: Path) -> Non
     assert len(gateway_store("--database-url", here, "audit", "search", "--json").json["items"]) == 2
 
 
-async def _spool(url: str, path: Path, *rows: tuple[str, str | None]) -> None:
+async def _spool(url: str, path: Path, *rows: tuple[str, str | None], **fields: Any) -> None:
     spool = Spool(path, make_url(url), await identity_of(url))
     for request_id, error in rows:
-        await spool.add([to_values(encode_event(make_event(request_id=f"{url}/{request_id}")))], error=error)
+        event = make_event(request_id=f"{url}/{request_id}", **fields)
+        await spool.add([to_values(encode_event(event))], error=error)
     await spool.close()
 
 

@@ -41,11 +41,12 @@ async def test_what_a_server_says_in_another_language_is_understood(
     await execute(
         url,
         f"CREATE ROLE {role} LOGIN",
-        f"GRANT SELECT ON audit_events TO {role}",
+        f"GRANT SELECT, INSERT ON audit_events TO {role}",
         "ALTER TABLE audit_events ENABLE ROW LEVEL SECURITY",
     )
     hints = {
         "SET row_security = off; SELECT * FROM audit_events": "a policy of row-level security hides rows",
+        "INSERT INTO audit_events (id) VALUES (1)": "a policy of row-level security refuses the row",
         "INSERT INTO api_keys DEFAULT VALUES": "the database user may not do this: grant it the right to what it asked",
         "SELECT * FROM missing": "a table or column is missing. Run `gateway-store db upgrade`",
     }

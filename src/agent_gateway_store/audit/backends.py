@@ -345,6 +345,9 @@ class PostgresBackend:
                 if copied == f"COPY {len(rows)}":
                     return [WriteOutcome.STORED] * len(rows)
                 is_copied = True
+        except asyncpg.FeatureNotSupportedError:
+            # No COPY goes into a table with policies of row-level security.
+            pass
         except Exception as exc:
             if is_outage(exc):
                 raise

@@ -145,7 +145,7 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
     if report.facts.get("schema", {}).get("state") == "current":
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
             report.facts["database"]["identity"] = await read_identity(engine)
-            await check_server(report, engine, settings)
+            await check_server(report, engine, settings, options_of(ctx).org)
             await _check_transactions(report, engine)
             await _check_log(report, engine)
             await _check_retention(report, engine, settings)
@@ -350,6 +350,7 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
             await spool.check()
         targets = await spool.targets()
         waiting, quarantined = await spool.counts()
+        since = await spool.oldest()
     except StoreUnavailableError as exc:
         strict = settings.audit_mode == "strict"
         effect = "What waits there is not brought in." if strict else "While the database is away events would be lost."
@@ -367,7 +368,9 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
     facts |= {"spool_waiting": waiting, "spool_quarantined": quarantined}
     facts["spool_other_targets"] = [each._asdict() | {"url": each.url and shown(each.url)} for each in others]
     if waiting:
-        report.warning(f"{waiting} events wait in the spool: an open store brings them in while the database answers.")
+        is_stuck = since is not None and (utc_now() - since).total_seconds() > _NOBODY_S
+        note = report.problem if is_stuck else report.warning
+        note(f"{waiting} events wait in the spool: an open store brings them in while the database answers.")
     if quarantined:
         report.warning(f"{quarantined} events were refused by the database and are kept in the spool's quarantine.")
     for each in others:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +79,11 @@ async def bound(engine: AsyncEngine, *, owned: bool = False) -> AsyncIterator[Da
         await database.close()
 
 
-async def check_server(report: Report, engine: AsyncEngine, settings: StoreSettings) -> None:
-    """Note what somebody must act on; changes nothing."""
+async def check_server(report: Report, engine: AsyncEngine, settings: StoreSettings, org_id: str | None) -> None:
+    """Note what somebody must act on; changes nothing. Events are tried for `org_id`, or for `default`."""
     facts = report.facts["database"]
     checks: list[Callable[[Report, dict[str, Any], AsyncEngine], Awaitable[None]]]
-    checks = [_check_clock, _check_ids, _check_insert]
+    checks = [_check_clock, _check_ids, partial(_check_insert, org_id=org_id or "default")]
     if engine.dialect.name == "postgresql":
         checks += [_check_statistics, _check_policies, _check_persistence]
     for check in checks:
@@ -121,7 +122,7 @@ async def _check_ids(report: Report, facts: dict[str, Any], engine: AsyncEngine)
         report.problem(f"The database cannot number rows of {', '.join(found)}: {IDS_IN_USE}.")
 
 
-async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngine, *, org_id: str) -> None:
     """Insert an event and roll it back: a trigger, a right or a constraint may refuse what the schema allows."""
     from sqlalchemy import text
 
@@ -133,7 +134,9 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
     async with examined(engine) as connection:
         try:
             why = "Rolled back."
-            row_id = await write_door(connection, "doctor", {}, by="doctor", environment="doctor", why=why)
+            row_id = await write_door(
+                connection, "doctor", {}, by="doctor", environment="doctor", why=why, org_id=org_id
+            )
             facts["takes_events"] = True
             if connection.dialect.name == "postgresql":
                 is_wrong = (await connection.execute(text(_WRONG_TRANSACTION), {"id": row_id})).scalar()
@@ -144,7 +147,7 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
                         "the table."
                     )
         except Exception as exc:
-            if may_not_write(exc):
+            if may_not_write(exc) and is_outage(exc):
                 # A role of an auditor, or a server that reads only, of which more is said elsewhere.
                 report.warning("This role may not add audit events: run doctor as the gateway's role, too.")
             elif is_id_taken(exc):
@@ -156,8 +159,9 @@ async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngi
             else:
                 reason = escape(str(getattr(exc, "orig", None) or exc).splitlines()[0])
                 report.problem(
-                    f"The database refuses audit events ({reason}): find the trigger or constraint on audit_events "
-                    "that does so, and drop it. Until then events go to the quarantine of the spool."
+                    f"The database refuses audit events ({reason}): find the trigger, constraint or policy on "
+                    "audit_events that does so, and drop it. Until then events go to the quarantine of the spool. "
+                    "If this role writes for one organisation only, run doctor with `--org`."
                 )
         finally:
             await connection.rollback()

@@ -46,6 +46,9 @@ T = TypeVar("T")
 # serialization_failure and deadlock_detected: the same transaction may succeed when it is run again.
 _CONFLICTS = ("40001", "40P01")
 _UNIQUE_VIOLATION = "23505"
+_NO_RIGHT = "42501"
+# Who says in the server that a row is not permitted: a policy, and a trigger. What says it of a table is another one.
+_REFUSING_ROWS = ("ExecWithCheckOptions", "exec_stmt_raise")
 # A sequence that has come to its end.
 _NO_ID_LEFT = "2200H"
 # Chosen: a row lock is held for milliseconds. The server waits a second itself before it calls a wait a deadlock.
@@ -80,6 +83,10 @@ _HINTS = (
     ("invalidauthorization", "the database refuses the user: create the role or check DATABASE_URL"),
     ("invalidcatalogname", "the database does not exist: create it or check DATABASE_URL"),
     ("readonly", "the database is read-only: check the file's folder or the server's role"),
+    (
+        "execwithcheckoptions",
+        "a policy of row-level security refuses the row: let the policy admit it, or write as another role",
+    ),
     (
         "check_enable_rls",
         "a policy of row-level security hides rows from this role: run it as a role to which no policy applies",
@@ -281,6 +288,8 @@ def is_outage(exc: BaseException) -> bool:
     cause = getattr(exc, "__cause__", None)
     driver = cause if isinstance(cause, asyncpg.PostgresError) else exc
     if isinstance(driver, asyncpg.PostgresError):
+        if driver.sqlstate == _NO_RIGHT:
+            return getattr(driver, "server_source_function", None) not in _REFUSING_ROWS
         # Classes of PostgreSQL's appendix "Error Codes" that are the row's fault: data exceptions, violations of
         # constraints and views, limits such as that of an index row, and what a trigger raises.
         return not str(getattr(driver, "sqlstate", "") or "").startswith(("22", "23", "44", "54", "P0"))
