@@ -16,6 +16,7 @@ from sqlalchemy import make_url
 from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.spool import Spool
+from agent_gateway_store.errors import StoreUnavailableError
 from builders import make_event
 from proofs.harness import eventually, identity_of, migrated, spool_is_empty, spooled_ids
 
@@ -86,6 +87,8 @@ async def test_a_file_that_was_replaced_or_removed_takes_nothing_more(path: Path
     path.touch()
     await fast.add([one])
     await slow.add([other])
+    assert spooled_ids(path.with_name("moved.db")) == ["old", "old"]
+    assert sorted(spooled_ids(path)) == ["one", "other"]
     path.unlink()
     path.touch()
     await slow.add([old])
@@ -98,6 +101,27 @@ async def test_a_file_that_was_replaced_or_removed_takes_nothing_more(path: Path
     assert spooled_ids(path) == ["one"]
     await slow.close()
     await fast.close()
+
+
+async def test_rows_of_a_file_that_was_moved_away_are_removed_from_no_other(path: Path) -> None:
+    """What was read there was replayed; under its id another process may have spooled a new row meanwhile."""
+    slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
+    old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
+    await slow.add([old])
+    await fast.add([old])
+    seen = [row_id for row_id, _ in await slow.waiting(10)]
+    path.rename(path.with_name("moved.db"))
+    await fast.add([new])
+
+    await slow.remove(seen)
+
+    assert spooled_ids(path) == ["new"]
+    await slow.close()
+    await fast.close()
+    fast.path.rename(path.with_name("moved again.db"))
+    path.with_name("spool.db-wal").touch()
+    with pytest.raises(StoreUnavailableError, match="belongs to a file that was moved away, so put that back"):
+        await Spool(path, HERE, "identity").check()
 
 
 async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:

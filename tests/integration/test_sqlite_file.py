@@ -58,6 +58,28 @@ async def test_a_file_that_took_its_place_is_not_written(tmp_path: Path) -> None
         assert {event.request_id for event in await store.audit.list_recent()} == {"old", "new-1", "new-2", "new-3"}
 
 
+@pytest.mark.parametrize("left", [None, b""])
+async def test_no_other_file_is_made_beside_the_log_of_one_that_was_moved_away(
+    tmp_path: Path, left: bytes | None
+) -> None:
+    """SQLite would delete that log, with events that were acknowledged. Put back, the file has them all."""
+    path, away = tmp_path / "gateway.db", tmp_path / "away.db"
+    settings = StoreSettings(audit_spool_path=tmp_path / "spool.db", audit_seal_seconds=0)
+    async with GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings) as store:
+        assert await store.audit.write(make_event(request_id="before")) == "STORED"
+        path.rename(away)
+        if left is not None:
+            path.write_bytes(left)
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match="moved away: put that back, or remove both"):
+                await GatewayStore(f"sqlite:///{path}", redis_url="", settings=settings).open()
+        away.rename(path)
+        assert await store.audit.write(make_event(request_id="after")) == "STORED"
+        await store.audit.flush()
+    async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
+        assert {event.request_id for event in await store.audit.list_recent()} == {"before", "after"}
+
+
 @pytest.mark.parametrize("url", ["sqlite:///gateway.db", "sqlite:///file:gateway%2edb?mode=rwc&uri=true"])
 async def test_a_file_is_the_same_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str

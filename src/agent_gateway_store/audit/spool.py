@@ -11,11 +11,13 @@ To remove rows takes room on the disk as well: beside the file lies a reserve, w
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -40,6 +42,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import CreateColumn
 
@@ -50,11 +53,22 @@ from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, reader_of
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import translate_errors
-from agent_gateway_store.storage.files import create_file, create_folder, file_id, is_gone
+from agent_gateway_store.storage.exclusive import file_lock
+from agent_gateway_store.storage.files import (
+    beside,
+    create_file,
+    create_folder,
+    file_id,
+    has_log_of_another,
+    is_empty,
+    is_gone,
+)
 from agent_gateway_store.storage.urls import is_memory
 
 # Chosen: a long outage must not fill the disk of the gateway.
 MAX_BYTES = 2**30
+# Chosen: to make the file takes milliseconds, and callers wait for it.
+_LOCK_S = 2.0
 # SQLite's default.
 _PAGE_BYTES = 4096
 # Chosen: its log grows to 4 MB and by one batch of 8 MiB before it is brought into the file, which takes as much there.
@@ -77,6 +91,9 @@ _events = Table(
     # Never the id of a removed row again: another process that replays the old row now would remove the new one.
     sqlite_autoincrement=True,
 )
+
+
+_logger = logging.getLogger("agent_gateway_store.audit")
 
 
 class Target(NamedTuple):
@@ -111,6 +128,7 @@ class Spool:
         self._url = _without_user(database)
         self._engine: AsyncEngine | None = None
         self._opened: tuple[int, int] | None = None
+        self._read_by: AsyncEngine | None = None
         self._opening = asyncio.Lock()
         # Of rows that the database holds and that could not be removed.
         self._stored: list[int] = []
@@ -131,7 +149,7 @@ class Spool:
         """
         try:
             await asyncio.to_thread(_check_place, self.path)
-            if self.exists:
+            if self.exists or has_log_of_another(self.path):
                 async with self._transaction("write the spool"):
                     pass
         except (OSError, ValueError, GatewayStoreError) as exc:
@@ -149,10 +167,19 @@ class Spool:
         """
         await self.engine()
         await asyncio.to_thread(self._keep_reserve)
-        async with self._transaction("spool the event") as connection:
-            extra = {"target": self.identity, "url": self._url, "error": error}
-            statement = insert(_events).values(spooled_at=db_now())
-            await connection.execute(statement, [{**row, **extra} for row in rows])
+        extra = {"target": self.identity, "url": self._url, "error": error}
+        given = [{**row, **extra} for row in rows]
+        # Once more into the next file where this one was moved meanwhile: twice in the spool is once in the database.
+        for is_last in (False, True):
+            try:
+                async with self._transaction("spool the event") as connection:
+                    await connection.execute(insert(_events).values(spooled_at=db_now()), given)
+            except StoreUnavailableError:
+                if is_last or not is_gone(self.path, self._opened):
+                    raise
+            else:
+                if connection.engine is self._engine and not is_gone(self.path, self._opened):
+                    return
 
     async def waiting(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
         """Return up to `limit` rows to replay, oldest first, with their ids.
@@ -163,6 +190,7 @@ class Spool:
         statement = select(_events).where(_events.c.target == self.identity, _events.c.error.is_(None))
         statement = statement.where(_events.c.id > max(self._stored, default=0))
         async with self._transaction("read the spool") as connection:
+            self._read_by = connection.engine
             await self._name(connection, self._url)
             found = await connection.execute(statement.order_by(_events.c.id).limit(limit))
             return [(row["id"], _complete(dict(row))) for row in found.mappings()]
@@ -194,7 +222,6 @@ class Spool:
         Raises:
             StoreUnavailableError: The file still cannot be written.
         """
-        # First: in a file that was put in its place the same ids are other rows.
         await self.engine()
         while batch := self._stored[:_REMOVED_ROWS]:
             await self._delete(batch)
@@ -218,7 +245,9 @@ class Spool:
 
     async def _write(self, statement: Executable, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
         async with self._transaction("write the spool") as connection:
-            await connection.execute(statement, rows)
+            # In a file that was put in its place the same ids are other rows.
+            if self._read_by in (None, connection.engine):
+                await connection.execute(statement, rows)
 
     async def targets(self) -> list[Target]:
         """Return what waits, for each database."""
@@ -267,24 +296,50 @@ class Spool:
         """Return the engine of the file, which the first call makes."""
         # Batches that fail at the same time come here at the same time.
         async with self._opening:
-            if self._engine is not None and is_gone(self.path, self._opened):
-                # The file was removed or replaced: what is written to it now would be lost when this process ends.
-                await self.close()
-                self._stored.clear()
-            if self._engine is None:
+            if self._engine is None or is_gone(self.path, self._opened):
                 _check_place(self.path)
                 create_folder(self.path.parent)
-                # Not as text: a path may hold what ends one in a URL.
-                engine = create_engine(URL.create("sqlite", database=str(self.path)), pool_size=2)
-                event.listen(engine.sync_engine, "connect", _limit_size)
-                try:
-                    async with engine.begin() as connection:
-                        await connection.run_sync(_prepare)
-                except BaseException:
-                    await engine.dispose()
-                    raise
-                self._engine, self._opened = engine, file_id(self.path)
+                # Of two that make the file at once, one would take the other's log for that of the file before.
+                lock = file_lock(beside(self.path, ".lock"), wait_s=_LOCK_S, busy="Another process makes the spool")
+                async with lock if is_empty(self.path) else nullcontext():
+                    if self._engine is not None:
+                        # Removed or replaced: what is written to it now would be lost when this process ends.
+                        await self._leave(self._engine)
+                    self._engine = await self._opened_engine()
             return self._engine
+
+    async def _opened_engine(self) -> AsyncEngine:
+        # Not as text: a path may hold what ends one in a URL.
+        engine = create_engine(URL.create("sqlite", database=str(self.path)), pool_size=2)
+        event.listen(engine.sync_engine, "connect", _limit_size)
+        try:
+            async with engine.begin() as connection:
+                await connection.run_sync(_prepare)
+        except BaseException:
+            await engine.dispose()
+            raise
+        self._opened = file_id(self.path)
+        return engine
+
+    async def _leave(self, engine: AsyncEngine) -> None:
+        """Let go of a file that is gone; its log, which stayed behind, is brought into it, wherever it is."""
+        if is_empty(self.path):
+            aside = f".{secrets.token_hex(4)}"
+            for suffix in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    # The connections of this process and of others go with it: the next file gets one of its own.
+                    beside(self.path, suffix).rename(beside(self.path, suffix + aside))
+            with suppress(DBAPIError):
+                async with engine.connect():
+                    pass
+            log = beside(self.path, "-wal" + aside)
+            if is_empty(log):
+                log.unlink(missing_ok=True)
+                beside(self.path, "-shm" + aside).unlink(missing_ok=True)
+            else:
+                _logger.error("The spool was moved away, and %s holds events of it: put it beside it as -wal.", log)
+        self._stored.clear()
+        await self.close()
 
     @property
     def _reserve(self) -> Path:

@@ -98,6 +98,10 @@ _HINTS = (
         "database file was removed",
         "its file was removed or replaced while it was open: put it back, or restart with no -wal file of another",
     ),
+    (
+        "belongs to a file that was moved away",
+        "the -wal file beside it belongs to a file that was moved away: put that back, or remove both",
+    ),
     ("file is not a database", "the file is not a SQLite database: check DATABASE_URL"),
     ("is malformed", "the file is damaged: restore it from a backup"),
     ("database is locked", "the file is locked by another process: try again"),

@@ -44,6 +44,30 @@ def create_database_file(path: Path) -> None:
         create_file(path)
 
 
+def is_empty(path: Path) -> bool:
+    """True if there is no file, or one of no bytes; False where we have no right to see it."""
+    try:
+        return path.stat().st_size == 0
+    except OSError as exc:
+        return exc.errno in (ENOENT, ENOTDIR)
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """Return where SQLite keeps the file of this suffix (`-wal`, `-shm`) of a database, whatever link leads to it."""
+    real = Path(os.path.realpath(path))
+    return real.with_name(real.name + suffix)
+
+
+def has_log_of_another(path: Path) -> bool:
+    """True if SQLite's log lies here without its file, which was moved away; SQLite deletes it when a new one is made.
+
+    A database that is made now has its first page before its log.
+    """
+    with suppress(OSError):
+        return beside(path, "-wal").exists() and is_empty(path)
+    return False
+
+
 def open_regular(path: Path) -> IO[bytes]:
     """Open a file for reading, where others may have put something else: a pipe never answers, a device never ends.
 

@@ -19,16 +19,21 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from agent_gateway_store.storage.files import create_database_file, file_id, is_gone
+from agent_gateway_store.storage.files import create_database_file, file_id, has_log_of_another, is_empty, is_gone
 from agent_gateway_store.storage.host import READ_ONLY
 from agent_gateway_store.storage.urls import is_memory, sqlite_file
 
 # Chosen: SQLite has one writer at a time, and a crowd of them takes seconds.
 _BUSY_TIMEOUT_MS = 10_000
+# Chosen: callers wait for it; what reads meanwhile has ended by then, or keeps its part in the log.
+_MOVED_TIMEOUT_MS = 1_000
 # Chosen: three times what a connection to a server may take, since a crowd of writers waits for the one lock.
 _POOL_TIMEOUT_S = 30.0
 # Chosen: as long as a store that closes waits for transactions.
 _LAST_STATEMENTS_S = 5.0
+
+
+_LOG_OF_ANOTHER = "the -wal file beside it belongs to a file that was moved away, so put that back or remove both"
 
 
 class ClosingConnection(sqlite3.Connection):
@@ -144,6 +149,8 @@ class _File:
     async def connect(self, *args: Any, **options: Any) -> aiosqlite.Connection:
         """Connect; for `connect_args` under the name `async_creator_fn`."""
         self._require_same()
+        if self._file is not None and has_log_of_another(self._file):
+            raise sqlite3.OperationalError(_LOG_OF_ANOTHER)
         if self._file is not None and self._is_made:
             create_database_file(self._file)
         connection = _Connection(*args, **options)
@@ -169,6 +176,8 @@ class _File:
         try:
             self._require_same()
         except sqlite3.OperationalError as exc:
+            if self._file is not None and is_empty(self._file):
+                _bring_log_in(_connection)
             # What SQLAlchemy makes of errors of a driver, but not of those of a listener.
             raise OperationalError(None, None, exc) from exc
 
@@ -187,6 +196,16 @@ class _File:
     def _require_same(self) -> None:
         if self._file is not None and self._opened is not None and is_gone(self._file, self._opened):
             raise sqlite3.OperationalError("the database file was removed or replaced")
+
+
+def _bring_log_in(connection: Any) -> None:
+    """Write what the log holds into the file itself, wherever that was moved: SQLite does not when it closes it."""
+    with suppress(Exception):
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout={_MOVED_TIMEOUT_MS}")
+        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+        cursor.close()
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
