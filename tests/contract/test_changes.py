@@ -288,7 +288,7 @@ async def test_a_hundred_thousand_events_with_slow_transactions(request: pytest.
 async def test_a_follower_outlives_an_outage(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It waits for a database that is away, says so once, and goes on where it was."""
+    """It waits for a database that is away, or half restored, says so once, and goes on where it was."""
     connection = store.database.connection
     failing = 0
 
@@ -296,7 +296,9 @@ async def test_a_follower_outlives_an_outage(
         nonlocal failing
         if purpose == "read" and failing:
             failing -= 1
-            raise errors.StoreUnavailableError("The database could not be read.")
+            if failing:
+                raise errors.StoreUnavailableError("The database could not be read.")
+            raise errors.SchemaOutOfDateError("A table is missing.")
         return connection(purpose)
 
     monkeypatch.setattr(store.database, "connection", faulty)
@@ -310,3 +312,7 @@ async def test_a_follower_outlives_an_outage(
 
     assert failing == 0
     assert caplog.text.count("waits for the database") == 1
+
+    events, failing = store.audit.follow(start="beginning", patience_s=0), 1
+    with pytest.raises(errors.SchemaOutOfDateError):
+        await anext(events)

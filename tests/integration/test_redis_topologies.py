@@ -130,6 +130,20 @@ async def test_a_cache_drops_a_member_that_answers_for_others(member: RedisServe
         assert (cache.is_cluster, cache.client, cache.is_available) == (True, None, False)
 
 
+async def test_a_replica_that_has_lost_its_master_is_away_and_no_cluster() -> None:
+    """It answers with MASTERDOWN until it is a master; then it is used again."""
+    with RedisServer() as server:
+        async with create_redis(server.url) as client:
+            cache = RedisCache(client, timeout_s=5, pause_s=0)
+            await client.config_set("replica-serve-stale-data", "no")
+            await client.execute_command("REPLICAOF", "127.0.0.1", "1")
+            assert await cache.get("key") is None
+            assert (cache.is_cluster, cache.fault.partition(":")[0]) == (False, "MasterDownError")
+            await client.execute_command("REPLICAOF", "NO", "ONE")
+
+            assert await cache.put_newer([CacheEntry("key", '{"version": 2}', 2, 60)])
+
+
 def test_doctor_names_a_cluster(member: RedisServer) -> None:
     """It is no Redis that is down."""
     outcome = gateway_store("--database-url", "sqlite://", "--redis-url", member.url, "doctor", "--json")

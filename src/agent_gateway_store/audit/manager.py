@@ -350,7 +350,7 @@ class AuditManager:
 
         Raises:
             InvalidCursorError, TypeError, ValueError: As for `changes`; or `poll_s` is not above zero.
-            StoreUnavailableError: The database was away for longer than `patience_s`.
+            StoreUnavailableError, SchemaOutOfDateError: The database was away for longer than `patience_s`.
         """
         found, cursor = criteria(filters, org_id=self._org_id, listing="changes"), "now" if start is None else start
         async with aclosing(followed(self._database, found, cursor, poll_s=poll_s, patience_s=patience_s)) as events:

@@ -17,7 +17,7 @@ from agent_gateway_store.audit.changes import changes
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.selects import COUNTED, GROUPS, SPAN, events_of, group_events, newest
 from agent_gateway_store.encoding.sanitize import storable_key
-from agent_gateway_store.errors import StoreUnavailableError
+from agent_gateway_store.errors import SchemaOutOfDateError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.results.page import METRICS
@@ -225,7 +225,8 @@ async def followed(
     while True:
         try:
             page, is_more = await changes_page(database, found, cursor, _FOLLOWED_ROWS)
-        except StoreUnavailableError as exc:
+        except (StoreUnavailableError, SchemaOutOfDateError) as exc:
+            # Tables are missing, too, while a restore fills a database that it has made anew.
             if loop.time() - answered > patience_s:
                 raise
             if not is_away:

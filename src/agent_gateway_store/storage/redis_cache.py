@@ -15,6 +15,7 @@ from redis.exceptions import (
     AskError,
     ClusterCrossSlotError,
     ClusterError,
+    MasterDownError,
     MaxConnectionsError,
     MovedError,
     ResponseError,
@@ -254,11 +255,12 @@ class RedisCache:
             except (UnicodeDecodeError, MaxConnectionsError):
                 # Not a fault of Redis: a client that decodes met bytes, or the host itself uses the whole pool.
                 return None
-            except _OF_CLUSTERS:
-                if self.client is not None:
-                    self._drop_cluster()
-                return None
             except REDIS_FAULTS as exc:
+                # A replica that is no member says MASTERDOWN, which is to redis-py a kind of CLUSTERDOWN.
+                if isinstance(exc, _OF_CLUSTERS) and not isinstance(exc, MasterDownError):
+                    if self.client is not None:
+                        self._drop_cluster()
+                    return None
                 if isinstance(exc, MasterNotFoundError):
                     # Before what each sentinel answered stands its client, with all its settings.
                     exc = MasterNotFoundError(re.sub(r"<redis\b.*?\)> - ", "", str(exc)))
