@@ -58,6 +58,8 @@ def test_doctor_reports_on_postgresql_and_redis(
         ((">other",), "WRONGPASS|invalid username-password"),
         (("-evalsha",), "evalsha"),
         (("-publish",), "publish"),
+        (("-set",), "stores nothing: .* may not SET"),
+        (("-subscribe",), "subscribe"),
         (("resetkeys",), "key"),
         (("resetchannels",), "channel"),
     ],
@@ -87,6 +89,24 @@ def test_doctor_says_what_a_user_of_redis_may_not_do(change: tuple[str, ...], re
         assert (found.code, found.json["redis"]["state"]) == (5, "down")
         assert re.search(reason, found.json["problems"][0])
         assert "secret" not in found.said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("REPLICAOF", "127.0.0.1", "1"),
+        ("CONFIG", "SET", "maxmemory", "1"),
+    ],
+)
+def test_doctor_finds_a_redis_that_stores_nothing(command: tuple[str, ...]) -> None:
+    """A replica and one without memory answer, and help nobody."""
+    with servers.RedisServer() as server, Redis.from_url(server.url) as operator:
+        operator.execute_command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        operator.execute_command(*command)
+        found = gateway_store("--redis-url", server.url, "doctor", "--json")
+
+    assert (found.code, found.json["redis"]["state"]) == (5, "down")
+    assert "stores nothing: it is full, a replica" in found.json["problems"][0]
 
 
 def test_doctor_shows_no_password_that_redis_repeats() -> None:

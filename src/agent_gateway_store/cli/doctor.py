@@ -46,13 +46,6 @@ _DAYS_TOO_LATE = 3
 _NOBODY_S = 3600.0
 # In the order of the numbers that `PRAGMA synchronous` returns (https://www.sqlite.org/pragma.html#pragma_synchronous).
 _SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
-# A row that a snapshot shows was committed by a transaction that began before the end of the snapshot.
-_FOREIGN_TRANSACTIONS = """
-SELECT EXISTS (
-    SELECT FROM audit_events WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
-        AND id > (SELECT coalesce(max(history_id), 0) FROM database_identity)
-)
-"""
 
 _LOG = """
 SELECT (SELECT count(*) FROM audit_leaves) AS sealed, (SELECT max(size) FROM audit_checkpoints) AS last_checkpoint, (
@@ -146,7 +139,6 @@ async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
             report.facts["database"]["identity"] = await read_identity(engine)
             await check_server(report, engine, settings, options_of(ctx).org)
-            await _check_transactions(report, engine)
             await _check_log(report, engine)
             await _check_retention(report, engine, settings)
             await _check_approvals(report, ctx, engine, settings)
@@ -225,20 +217,6 @@ async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine
         report.problem(f"{NO_WRITES} Until then events wait in the spool.", ExitCode.UNAVAILABLE)
 
 
-async def _check_transactions(report: Report, engine: AsyncEngine) -> None:
-    """Find events with transaction ids that this PostgreSQL server has not given out: those of a restored dump."""
-    if engine.dialect.name != "postgresql":
-        return
-    is_foreign = await _scalar(engine, _FOREIGN_TRANSACTIONS)
-    report.facts["database"]["foreign_transactions"] = is_foreign
-    if is_foreign:
-        report.problem(
-            "Audit events hold transaction ids of another server, as after restoring a dump, so that `audit tail`, "
-            "`follow` and `changes` would miss events: run `gateway-store db restored --by NAME` once as the owner of "
-            "the tables, and begin with new cursors."
-        )
-
-
 async def _check_log(report: Report, engine: AsyncEngine) -> None:
     """Find triggers that do not protect the log, a role that could switch them off, and what is not sealed."""
     from sqlalchemy import text
@@ -302,11 +280,12 @@ async def _scalar(engine: AsyncEngine, statement: str) -> Any:
 
 
 async def _check_redis(report: Report, settings: StoreSettings) -> None:
-    """Ask Redis for a key that nobody writes."""
+    """Have Redis do what the store asks of it, with a key of our own that is deleted again."""
+    from agent_gateway_store._text import describe
     from agent_gateway_store.settings import mask_url
-    from agent_gateway_store.storage.cache import NO_CLUSTER, create_redis
+    from agent_gateway_store.storage.cache import NO_CLUSTER, REDIS_FAULTS, create_redis
     from agent_gateway_store.storage.pubsub import CHANNEL
-    from agent_gateway_store.storage.redis_cache import RedisCache
+    from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 
     if not settings.redis_url:
         report.facts["redis"] = {"state": "off"}
@@ -317,20 +296,31 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         try:
             redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
             await redis.drop_cluster()
-            await redis.get("approval:doctor")
+            await redis.get(key := "approval:doctor")
             await redis.publish(CHANNEL, "doctor")
+            is_stored = await redis.put_newer([CacheEntry(key, '{"version": 1}', 1, 1)])
+            if is_stored:
+                await redis.delete(key)
+            refused = "" if is_stored else "it stores nothing: it is full, a replica, or this user may not SET"
+            if redis.is_available:
+                try:
+                    async with client.pubsub() as listener:
+                        await listener.subscribe(CHANNEL)
+                        await listener.get_message(timeout=settings.redis_timeout_seconds)
+                except REDIS_FAULTS as exc:
+                    refused = describe(exc)
         finally:
             await client.aclose()
         # The cache hides a Redis that fails, as the store wants it, so that the failure must be asked for.
         if redis.is_cluster:
             facts["state"] = "cluster"
             report.problem(NO_CLUSTER)
-        elif redis.is_available:
+        elif redis.is_available and not refused:
             facts["state"] = "reachable"
         else:
             report.problem(
-                f"Redis cannot be used ({code_text(redis.fault)}): check that it runs and that REDIS_URL is right; "
-                "the store works without it.",
+                f"Redis cannot be used ({code_text(redis.fault or refused)}): check that it runs and that REDIS_URL is "
+                "right; the store works without it.",
                 ExitCode.UNAVAILABLE,
             )
 

@@ -50,6 +50,13 @@ _WRONG_TRANSACTION = """
 SELECT transaction_id IS DISTINCT FROM pg_current_xact_id()::text::bigint FROM audit_events WHERE id = :id
 """
 _TRANSACTION_DEFAULT = "ALTER TABLE audit_events ALTER transaction_id SET DEFAULT (pg_current_xact_id()::text::bigint)"
+# A row that a snapshot shows was committed by a transaction that began before the end of the snapshot.
+_FOREIGN_TRANSACTIONS = """
+SELECT EXISTS (
+    SELECT FROM audit_events WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+        AND id > (SELECT coalesce(max(history_id), 0) FROM database_identity)
+)
+"""
 # Chosen: a week evens out weekends.
 _GROWTH_DAYS = 7
 _POSTGRES_BYTES = "SELECT pg_total_relation_size('audit_events') + pg_total_relation_size('audit_leaves')"
@@ -85,7 +92,7 @@ async def check_server(report: Report, engine: AsyncEngine, settings: StoreSetti
     checks: list[Callable[[Report, dict[str, Any], AsyncEngine], Awaitable[None]]]
     checks = [_check_clock, _check_ids, partial(_check_insert, org_id=org_id or "default")]
     if engine.dialect.name == "postgresql":
-        checks += [_check_statistics, _check_policies, _check_persistence]
+        checks += [_check_statistics, _check_policies, _check_persistence, _check_transactions]
     for check in checks:
         async with report.noting_errors():
             await check(report, facts, engine)
@@ -186,6 +193,18 @@ async def _check_policies(report: Report, _facts: dict[str, Any], engine: AsyncE
         report.warning(
             f"Row-level security of {', '.join(found)} shows a role what its policies let it see: run "
             "`evidence verify` as a role to which none applies."
+        )
+
+
+async def _check_transactions(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+    """Find events with transaction ids that this PostgreSQL server has not given out: those of a restored dump."""
+    async with examined(engine) as connection:
+        is_foreign = facts["foreign_transactions"] = (await connection.exec_driver_sql(_FOREIGN_TRANSACTIONS)).scalar()
+    if is_foreign:
+        report.problem(
+            "Audit events hold transaction ids of another server, as after restoring a dump, so that `audit tail`, "
+            "`follow` and `changes` would miss events: run `gateway-store db restored --by NAME` once as the owner of "
+            "the tables, and begin with new cursors."
         )
 
 
