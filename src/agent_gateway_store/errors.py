@@ -144,9 +144,7 @@ class _ApprovalStateError(ApprovalError):
         decided_at: datetime | None = None,
     ) -> None:
         super().__init__(message, approval_id=approval_id)
-        self.status = status
-        self.approver_id = approver_id
-        self.decided_at = decided_at
+        self.status, self.approver_id, self.decided_at = status, approver_id, decided_at
 
 
 class ApprovalAlreadyDecidedError(_ApprovalStateError):
@@ -238,7 +236,7 @@ class ApiKeyExistsError(GatewayStoreError):
 
     def __init__(self, caller_id: str) -> None:
         super().__init__(
-            f"Caller {code_text(caller_id)} already has an API key: use `gateway-store keys rotate` to replace it."
+            f"Caller {code_text(caller_id)} already has an API key: replace it by `gateway-store keys rotate`."
         )
         self.caller_id = caller_id
 
@@ -309,9 +307,7 @@ class StoreNotOpenError(GatewayStoreError):
 class SessionInUseError(GatewayStoreError, RuntimeError):
     """One session was used by several tasks at once."""
 
-    def __init__(
-        self, message: str = "One session was used by several tasks at once: give each task a session of its own."
-    ) -> None:
+    def __init__(self, message: str = "Several tasks used one session: give each task a session of its own.") -> None:
         super().__init__(message)
 
 
