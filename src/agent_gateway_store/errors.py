@@ -235,9 +235,7 @@ class ApiKeyExistsError(GatewayStoreError):
     """
 
     def __init__(self, caller_id: str) -> None:
-        super().__init__(
-            f"Caller {code_text(caller_id)} already has an API key: replace it by `gateway-store keys rotate`."
-        )
+        super().__init__(f"{code_text(caller_id)} already has an API key: replace it by `gateway-store keys rotate`.")
         self.caller_id = caller_id
 
 

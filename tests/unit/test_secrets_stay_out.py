@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import pickle
 import sqlite3
@@ -9,14 +10,17 @@ import traceback
 from collections.abc import Awaitable
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import fakeredis
 import pytest
 
-from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, ToolCall, errors
+from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, ToolCall, clock, errors
+from agent_gateway_store.archive import Archive
 from agent_gateway_store.keys.format import new_key
+from agent_gateway_store.retention import erase
 from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import Database, create_engine
 from agent_gateway_store.testing import RecordingNotifier
@@ -207,14 +211,26 @@ async def test_given_engine_that_echoes_is_the_callers_choice(tmp_path: Path) ->
 async def test_an_erasure_beside_a_reader_of_the_old_state_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite keeps the old pages for the reader."""
-    monkeypatch.setattr("agent_gateway_store.storage.sqlite._BUSY_TIMEOUT_MS", 50)
-    file = tmp_path / "gateway.db"
+    """SQLite keeps the old pages for the reader; writers go on. Nothing is left in the archive by then."""
+    monkeypatch.setattr(erase, "_WAL_TRIES", 3)
+    file, archive = tmp_path / "gateway.db", tmp_path / "archive"
+    old = clock.utc_now() - timedelta(days=400)
     async with GatewayStore(f"sqlite:///{file}", redis_url="") as store:
-        await store.audit.write(make_event(request_id="r-1"))
+        await store.audit.write(make_event(request_id="r-1", timestamp=old))
+        # The second under a used id stands under one that holds a hash, and is erased under a third.
+        await store.audit.write(make_event(request_id="r-1", timestamp=old, risk_labels=[RAW_ARGUMENT]))
+        await store.audit.write(make_event(request_id="newest"))
+        await store.evidence.seal()
+        [derived] = [each.request_id async for each in store.audit.stream() if each.risk_labels]
+        await store.retention.prune(timedelta(days=200), by="ops", archive=archive)
         with closing(sqlite3.connect(file, isolation_level=None)) as reader:
             reader.execute("BEGIN")
             reader.execute("SELECT * FROM audit_events").fetchall()
-            with pytest.raises(errors.StoreUnavailableError, match="end that, and erase 'r-1' again"):
-                await store.retention.erase("r-1", reason="GDPR 17", by="dpo")
-        assert (await store.retention.erase("r-1", reason="GDPR 17", by="dpo")).position == 0
+            erasing = asyncio.create_task(store.retention.erase(derived, reason="GDPR", by="dpo", archive=archive))
+            while not erasing.done():
+                assert await store.audit.write(make_event()) == "STORED"
+                await asyncio.sleep(0.01)
+            with pytest.raises(errors.StoreUnavailableError, match="end that, and erase 'r-1~erased-1' again"):
+                await erasing
+        assert [each.risk_labels for each in Archive(archive).events()] == [[], []]
+        assert (await store.retention.erase("r-1~erased-1", reason="GDPR", by="dpo", archive=archive)).archived

@@ -5,13 +5,14 @@ The leaf stays, so the log verifies: an event that says what is left of the eras
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, and_, bindparam, or_, select, update
+from sqlalchemy import ColumnElement, Row, and_, bindparam, or_, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store._text import code_text
@@ -52,6 +53,9 @@ _approvals = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
 _notices = NotificationDelivery.__table__
 
+# Chosen: readers of a page or a list are gone in less than 10 s.
+_WAL_TRIES = 50
+_WAL_PAUSE_S = 0.2
 _BLANKED = (*BLANK_TEXTS, "request_id", "content_hash", "salt")
 _BY_REQUEST = Statement(
     lambda dialect: archived_columns(dialect).where(table.c.request_id == bindparam("p_request_id"))
@@ -154,10 +158,8 @@ class Eraser:
         await self._forget_all(own)
         newest = max(targets, key=lambda each: each.position)
         erased_id = blank_id(request_id, newest.position)
-        if self._database.dialect == "sqlite":
-            await self._empty_wal(erased_id)
         if manifest is not None:
-            # Last: an id that holds a hash goes with it, by which a run after a kill finds what is left to do.
+            # After the table: an id that holds a hash goes with it, by which a run after a kill finds what is left.
             blank = {
                 (each.position, each.values["leaf_hash"]): {
                     name: value for name, value in blank_row(each.values).items() if name in _BLANKED
@@ -167,6 +169,8 @@ class Eraser:
             }
             await still_locked()
             await in_thread(lambda: rewrite_events(manifest, blank))
+        if self._database.dialect == "sqlite":
+            await self._empty_wal(erased_id)
         return Erased(
             request_id=erased_id,
             org_id=org_id,
@@ -183,11 +187,20 @@ class Eraser:
     async def _empty_wal(self, erased_id: str) -> None:
         """Bring SQLite's write-ahead log, which holds what was erased, into the file, and empty it."""
         async with self._database.raw_connection() as driver:
-            [(is_busy, *_)] = await driver.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
-        if is_busy:
-            raise StoreUnavailableError(
-                f"Somebody reads the database as it was before: end that, and erase {code_text(erased_id)} again."
-            )
+            [(timeout_ms,)] = await driver.execute_fetchall("PRAGMA busy_timeout")
+            # While SQLite itself waits for readers, nobody can write.
+            await driver.execute_fetchall("PRAGMA busy_timeout = 0")
+            try:
+                for _ in range(_WAL_TRIES):
+                    [(is_busy, *_)] = await driver.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+                    if not is_busy:
+                        return
+                    await asyncio.sleep(_WAL_PAUSE_S)
+            finally:
+                await driver.execute_fetchall(f"PRAGMA busy_timeout = {timeout_ms}")
+        raise StoreUnavailableError(
+            f"Somebody reads the database as it was before: end that, and erase {code_text(erased_id)} again."
+        )
 
     async def _targets(self, request_id: str) -> list[_Target]:
         async with self._database.connection("read") as connection:
@@ -280,6 +293,9 @@ class Eraser:
             await seal_event(self._database, self._sealer, event_id)
 
     async def _blank_events(self, connection: AsyncConnection, targets: Sequence[_Target]) -> None:
+        if connection.dialect.name == "sqlite":
+            # Of an engine that was handed over; ours wipe by themselves.
+            await connection.execute(text("PRAGMA secure_delete = ON"))
         async with open_door(connection):
             for target in targets:
                 if not target.archived:
