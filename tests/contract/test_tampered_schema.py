@@ -219,8 +219,31 @@ class TestOnSqlite:
             (["CREATE TABLE t (a)", 'CREATE TRIGGER x AFTER INSERT ON t BEGIN DELETE FROM "AUDIT_EVENTS"; END'], True),
             (["CREATE TABLE audit_events_2 (a)", f"{COPY} INSERT INTO audit_events_2 VALUES (NEW.id); END"], False),
             ([f"{REFUSE} SELECT RAISE(ABORT, 'nobody may UPDATE audit_events'); END"], False),
+            (
+                [f"{COPY} /* after INSERT INTO audit_events */ SELECT 1 -- it's to DELETE FROM audit_events\n; END"],
+                False,
+            ),
+            (
+                [
+                    "CREATE VIEW v AS SELECT 1 AS id",
+                    """CREATE TRIGGER x INSTEAD OF INSERT ON v BEGIN SELECT "--", RAISE(ABORT, 'don''t INSERT INTO
+                    audit_events'); END""",
+                ],
+                False,
+            ),
+            ([f"""{COPY} SELECT "it's", '--', '/*'; DELETE/*'*/FROM 'audit_events'; END"""], True),
+            (
+                [
+                    "CREATE TABLE t (a)",
+                    "CREATE TRIGGER x AFTER INSERT ON t BEGIN DELETE FROM audit_events; END",
+                    "PRAGMA writable_schema = ON",
+                    "UPDATE sqlite_master SET sql = CAST(sql AS BLOB) WHERE name = 'x'",
+                    "PRAGMA writable_schema = RESET",
+                ],
+                True,
+            ),
         ],
-        ids=["opens the door", "updates", "deletes elsewhere", "copies", "refuses in such words"],
+        ids=["opens", "updates", "elsewhere", "copies", "refuses", "comments", "on a view", "deletes", "masked"],
     )
     async def test_a_trigger_that_plainly_writes_to_the_log_is_seen(
         self, database_url: str, statements: list[str], is_found: bool
@@ -269,6 +292,9 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
 
 
 FUNCTION = "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$"
+SAYS = """-- It's run after each INSERT INTO audit_events.
+BEGIN /* UPDATE audit_events */ RAISE LOG 'insert into audit_events: %', NEW.id;
+PERFORM pg_notify('siem', E'don\\'t DELETE FROM audit_events');"""
 AFTER = "CREATE TRIGGER lose AFTER INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
 READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]
 VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
@@ -323,7 +349,12 @@ class TestOnPostgres:
             ),
             *(
                 (f"{FUNCTION.replace('BEGIN', f'BEGIN {text};')}; {AFTER}", "lose, whose text writes to the log")
-                for text in ("SET LOCAL session_replication_role = replica", "DELETE FROM ONLY audit_events")
+                for text in (
+                    "SET LOCAL session_replication_role = replica",
+                    "PERFORM set_config('session_replication_role', 'replica', true)",
+                    "DELETE FROM ONLY audit_events",
+                    "RAISE LOG E'it\\'s --'; EXECUTE format('DELETE FROM audit_events WHERE id = %s', NEW.id)",
+                )
             ),
             (
                 f"{FUNCTION} SET session_replication_role = replica; {AFTER}",
@@ -342,9 +373,9 @@ class TestOnPostgres:
 
     @pytest.mark.parametrize("when", ["AFTER INSERT", "BEFORE UPDATE"])
     async def test_a_trigger_that_cannot_drop_rows_is_no_finding(self, own_database_url: str, when: str) -> None:
-        """Somebody else may take events to another place."""
+        """Somebody else may take events to another place, and say so."""
         trigger = f"CREATE TRIGGER theirs {when} ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
-        found = await verified_after(own_database_url, FUNCTION, trigger)
+        found = await verified_after(own_database_url, FUNCTION.replace("BEGIN", SAYS), trigger)
         assert (found.ok, ["which is not the store's" in each for each in found.remarks]) == (True, [True])
 
     @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ SELECT 'table', value, NULL, NULL FROM json_each('{json.dumps(LOG_TABLES)}')
 WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'table' AND rootpage > 0)
     OR EXISTS (SELECT 1 FROM sqlite_temp_master WHERE name = value)
 UNION ALL
-SELECT 'trigger', tbl_name, name, sql FROM ({append_only.SQLITE_TRIGGERS})
+SELECT 'trigger', tbl_name, name, printf('%s', sql) FROM ({append_only.SQLITE_TRIGGERS})
 """  # noqa: S608  likewise
 _OURS = {sql for name in append_only.TABLES for sql in append_only.triggers("sqlite", name).values()}
 # SQLite keeps the text of a trigger alone. One that is spelled otherwise runs before INSERT, or may do so. What is a
@@ -273,7 +273,7 @@ async def _strange(reader: Snapshot) -> tuple[list[str], list[str]]:
         if fault in ("trigger", "other"):
             head = _NOT_BEFORE_INSERT.match(body)
             # Those of others that refuse changes may say so in such words.
-            if append_only.WRITES_LOG.search(body) and (head is None or head["insert"]):
+            if append_only.writes_log(body) and (head is None or head["insert"]):
                 fault = "writes"
             elif name not in LOG_TABLES or body in _OURS:
                 continue

@@ -39,8 +39,16 @@ END $$
 """  # noqa: S608  names of our own
 
 
-# What the text of a trigger shows of writing to the log. Without a schema: a copy elsewhere may have the same name.
-WRITES_LOG = re.compile(
+# What a text says and does not run: comments, also those of PL/Python, PL/Perl and PLV8, and what stands in quotes.
+# Kept is one word, which SQLite takes for a name in any quotes, and what EXECUTE runs.
+_SAID = re.compile(
+    r"""((["'`])\w+\2|\[\w+\]|\bEXECUTE[\s(]*(?:format[\s(]*)?(?:E?'(?:[^']|'')*'|"[^"]*"))"""
+    r"""|\bE'(?:[^'\\]|\\.)*'|'(?:[^']|'')*'|"[^"]*"|`[^`]*`|\[[^][]*\]"""
+    r"|(?:--|//|# )[^\n]*|/\*.*?(?:\*/|\Z)",
+    re.IGNORECASE | re.DOTALL,
+)
+# What runs, and writes to the log. Without a schema: a copy elsewhere may have the same name.
+_WRITES_LOG = re.compile(
     r"\b(?:INTO|DELETE\s+FROM|UPDATE(?:\s+OR\s+\w+)?|TRUNCATE(?:\s+TABLE)?)\s*(?:\bONLY\s+)?[\"'`[]?"
     rf"\b(?:audit_door|{'|'.join(LOG_TABLES)})\b"
     r"|\bSET(?:_CONFIG\W+|\s+(?:(?:LOCAL|SESSION)\s+)?)session_replication_role\b",
@@ -126,6 +134,11 @@ async def foreign_triggers(connection: AsyncConnection) -> list[str]:
     ours = {name for table in TABLES for name in triggers(dialect, table)}
     found = await connection.execute(text(SQLITE_TRIGGERS))
     return sorted({str(row.name) for row in found if row.tbl_name in LOG_TABLES} - ours)
+
+
+def writes_log(body: str) -> bool:
+    """True if the text of a trigger, of its function or of a rule plainly writes to the log, or lets it be changed."""
+    return _WRITES_LOG.search(_SAID.sub(r"\1 ", body)) is not None
 
 
 async def is_door_open(connection: AsyncConnection) -> bool:
