@@ -11,6 +11,7 @@ import pytest
 from plan_helpers import Reports, copies
 
 from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.evidence.tree import TILE_WIDTH
 from builders import make_event
 from servers import connected, run
 
@@ -105,5 +106,7 @@ async def test_no_plan_of_a_step_surprises(filled: str, no_plugins: None) -> Non
             for name, step in STEPS.items():
                 problems += await reports.faults_of(name, step(store), reads_all=name in READING_ALL)
                 assert reports.plans, f"PostgreSQL reports no plans of {name}"
+                tiles = [each["Plan"]["Plan Rows"] for each in reports.plans if "AS tile\n" in each["Query Text"]]
+                assert max(tiles, default=0) < 2 * TILE_WIDTH, f"{name}: hashes of a part of the log are expected"
 
     assert not problems, "\n".join(problems)
