@@ -87,22 +87,29 @@ class Statement:
 
     async def rows(self, connection: AnyConnection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Do as `first`, and return every row."""
-        return list(map(self.compiled(connection.dialect).read, await self.tuples(connection, values)))
+        rows = await self._run(connection, values, _text_or_bytes)
+        return list(map(self.compiled(connection.dialect).read, rows))
 
     async def tuples(self, connection: AnyConnection, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
-        """Run and return every row as the driver gives it, without converting values."""
+        """Run and return every row as the driver gives it, without converting values; bytes of no text are escaped."""
+        return await self._run(connection, values, lambda stored: stored.decode(errors="backslashreplace"))
+
+    async def _run(
+        self, connection: AnyConnection, values: Mapping[str, Any], decode: Callable[[bytes], Any]
+    ) -> Sequence[Sequence[Any]]:
         compiled = self.compiled(connection.dialect)
         if isinstance(connection, RawConnection):
             return await compiled.run(connection.driver, values)
         arguments = tuple(compiled.arguments(values))
-        try:
-            return (await connection.exec_driver_sql(compiled.text, arguments)).all()
-        except OperationalError as exc:
-            # What writes is not run again.
-            if not is_bad_text(exc) or compiled.text.split(None, 1)[0] != "SELECT":
-                raise
+        if connection.dialect.name != "sqlite" or compiled.text.lstrip().startswith("SELECT"):
+            try:
+                return (await connection.exec_driver_sql(compiled.text, arguments)).all()
+            except OperationalError as exc:
+                if not is_bad_text(exc):
+                    raise
+        # What writes cannot be run again, so its first run decodes like this, with a call for each text.
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        driver.text_factory = lambda stored: stored.decode(errors="backslashreplace")
+        driver.text_factory = decode
         try:
             return (await connection.exec_driver_sql(compiled.text, arguments)).all()
         finally:
@@ -192,6 +199,14 @@ def _processor(kind: TypeEngine[Any], dialect: Dialect) -> _Processor:
         # SQLite's columns keep anything.
         return partial(_exactly, kind.python_type) if dialect.name == "sqlite" else None
     return kind.dialect_impl(dialect).result_processor(dialect, None)
+
+
+def _text_or_bytes(stored: bytes) -> str | bytes:
+    try:
+        return stored.decode()
+    except UnicodeDecodeError:
+        # As a BLOB, which no column takes for text.
+        return stored
 
 
 def _exactly(kind: type, value: Any) -> Any:
