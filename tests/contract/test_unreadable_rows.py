@@ -292,6 +292,21 @@ async def test_what_is_no_utf8_stops_no_sweep(database_url: str) -> None:
         assert await column(store, "status", "approval_requests") == ["EXPIRED"] * 2
 
 
+@pytest.mark.parametrize("database_url", ["sqlite", "postgres"], indirect=True)
+async def test_an_altered_use_stops_no_later_ask(database_url: str) -> None:
+    """Of the use before, approvers are told what can be read."""
+    time = "'20000-01-01'" if database_url.startswith("postgres") else "'x'"
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        asked = await store.approvals.acquire(make_request())
+        await store.approvals.approve(approval_id=asked.approval_id, approver_id="approver-1")
+        assert (await store.approvals.acquire(make_request())).status is ApprovalStatus.USED
+        await tamper(store.database.engine, f"UPDATE approval_requests SET tool_call = '7', used_at = {time}")
+
+        again = await store.approvals.acquire(make_request())
+        shown = await store.approvals.get(approval_id=again.approval_id)
+        assert (shown.status, "used before, at a time that" in shown.risk_explanation) == (ApprovalStatus.PENDING, True)
+
+
 async def assert_all_is_listed(url: str, statements: Sequence[str]) -> None:
     """Votes, notices and holds that somebody altered are listed, and neither kept nor lost in silence."""
     async with GatewayStore(url, redis_url="", settings=SETTINGS, plugins=[RecordingNotifier()]) as store:

@@ -25,6 +25,7 @@ from agent_gateway_store.approval.statements import (
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.errors import ApprovalError
 from agent_gateway_store.models.approval import ApprovalResult
+from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import AnyConnection
@@ -159,10 +160,12 @@ async def _require_not_denied(connection: AnyConnection, values: dict[str, Any])
 
 def _explained(values: dict[str, Any], used: dict[str, Any] | None) -> dict[str, Any]:
     """Return the explanation with what approvers must know of the last use, if its outcome is unknown."""
-    if used is None or used["outcome"] is not None:
+    if used is None:
         return {}
-    at: datetime = used["used_at"]
-    earlier = (
-        f"It was approved and used before, at {at:%Y-%m-%d %H:%M:%S} UTC: it still runs, or its outcome is unknown."
-    )
+    known = repaired(used)
+    if known["outcome"] is not None:
+        return {}
+    at: datetime | None = known["used_at"]
+    when = "at a time that cannot be read" if at is None else f"at {at:%Y-%m-%d %H:%M:%S} UTC"
+    earlier = f"It was approved and used before, {when}: it still runs, or its outcome is unknown."
     return {"p_risk_explanation": f"{values['p_risk_explanation']} {earlier}".strip()}

@@ -303,11 +303,15 @@ RECENTLY_DENIED = sql_statement(
     denied_since={dialect: f"(SELECT {clock_sql(dialect, plus=':p_since_s')})" for dialect in ("sqlite", "postgresql")},
 )
 
-LAST_USE = sql_statement("""
-    SELECT {readable} FROM approval_requests
+LAST_USE = sql_statement(
+    """
+    SELECT {used} AS used_at, outcome FROM approval_requests
     WHERE acquire_key = :p_acquire_key AND decision_at IS NOT NULL AND used_at IS NOT NULL
-    ORDER BY approval_requests.decision_at DESC LIMIT 1
-    """)
+    ORDER BY decision_at DESC LIMIT 1
+    """,
+    (_requests.c.used_at, _requests.c.outcome),
+    used={"sqlite": "used_at", "postgresql": READABLE_SQL.format("used_at")},
+)
 
 COUNT_PENDING = sql_statement("SELECT {pending_of_caller} AS pending", (column("pending", BigInteger()),))
 
