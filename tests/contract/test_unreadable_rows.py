@@ -9,6 +9,7 @@ import pytest
 from contract_helpers import approved, column, idle
 
 from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.audit.doors import renew_identity
 from agent_gateway_store.errors import GatewayStoreError, InvalidApiKeyError, LogMismatchError, UnreadableRowError
 from agent_gateway_store.evidence import check
 from agent_gateway_store.models.audit import RedactionFlag
@@ -18,6 +19,7 @@ from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, CALLER, make_event, make_request
 from tampering import tamper
 
+NOTICES = "notification_deliveries"
 SETTINGS = StoreSettings(audit_seal_seconds=0)
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
@@ -275,6 +277,25 @@ async def test_what_no_column_of_an_approval_holds_releases_nothing(
 ) -> None:
     """SQLite keeps anything."""
     await assert_approvals_refuse(database_url, tmp_path, name, value)
+
+
+@SQLITE
+async def test_an_altered_approval_stops_no_restore(database_url: str) -> None:
+    """It is cancelled with the others, and its notices go with theirs."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS, plugins=[RecordingNotifier()]) as store:
+        for number in range(2):
+            await store.approvals.issue_token(make_request(request_id=f"r-{number}"))
+        await idle(store)
+        due = "UPDATE notification_deliveries SET status = 'DUE', delivered_at = NULL"
+        first = "(SELECT approval_id FROM approval_requests WHERE id = 1)"
+        altered = (
+            f"UPDATE {name} SET approval_id = 'zz' WHERE approval_id = " for name in (NOTICES, "approval_requests")
+        )
+        await tamper(store.database.engine, due, *(f"{each}{first}" for each in altered))
+
+        facts = await renew_identity(store.database.engine, by="ann", environment="test")
+        assert facts["approvals_cancelled"] == 2
+        assert await column(store, "id", NOTICES) == []
 
 
 @SQLITE

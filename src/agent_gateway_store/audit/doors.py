@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import ColumnElement, and_, bindparam, case, delete, func, insert, or_, select, text, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, insert, or_, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.audit.backends import insert_event
@@ -95,6 +95,7 @@ async def write_door(
     return int((await connection.execute(found)).scalar_one())
 
 
+_RESTORED_NOTE = "Restored from a backup."
 _checkpoints = AuditCheckpoint.__table__
 _LAST_CHECKPOINT = (
     select(_checkpoints.c.origin, _checkpoints.c.size, _checkpoints.c.root_hash)
@@ -112,17 +113,16 @@ async def _end_approvals(connection: AsyncConnection, by: str) -> int:
         update(requests)
         .where(or_(approved, requests.c.status == ApprovalStatus.PENDING), end > db_now())
         .values(status=ApprovalStatus.CANCELLED, version=requests.c.version + 1, decision_at=db_now())
-        .values(approver_id=storable_key(by), approver_note="Restored from a backup.")
-        .returning(requests.c.approval_id)
+        .values(approver_id=storable_key(by), approver_note=_RESTORED_NOTE)
     )
-    ids = (await connection.execute(ended)).scalars().all()
-    if ids:
-        # One for each: together they may be more parameters than a statement takes.
-        unsent = delete(notices).where(
-            notices.c.approval_id == bindparam("ended"), notices.c.status == DeliveryStatus.DUE
-        )
-        await connection.execute(unsent, [{"ended": each} for each in ids])
-    return len(ids)
+    count = (await connection.execute(ended)).rowcount
+    # No id is read: one that was altered would stop it all.
+    cancelled = select(requests.c.approval_id).where(
+        requests.c.status == ApprovalStatus.CANCELLED, requests.c.approver_note == _RESTORED_NOTE
+    )
+    unsent = delete(notices).where(notices.c.status == DeliveryStatus.DUE, notices.c.approval_id.in_(cancelled))
+    await connection.execute(unsent)
+    return count
 
 
 async def renew_identity(
