@@ -240,6 +240,9 @@ async def assert_approvals_refuse(url: str, folder: Path, name: str, value: str)
         async with store.audit.call(CALL, CALLER, decision="ALLOW", approval_id=named, request_id="r-3"):
             pass
         assert await store.audit.get_by_request_id("r-3") is not None
+        if store.database.dialect == "sqlite":
+            with pytest.raises(UnreadableRowError, match=said):
+                await approvals.approve(waits, "approver-1")
         assert (await approvals.deny(waits, "approver-1")).status is ApprovalStatus.DENIED
         assert await column(store, "status", "approval_requests WHERE request_id = 'r-2'") == ["DENIED"]
         for file in ("a.jsonl", "a.csv", "a.parquet"):

@@ -144,7 +144,9 @@ async def _close(connection: AnyConnection, ref: ApprovalRef, vote: VoteInput) -
 
 
 async def _store_vote(connection: AnyConnection, row: Mapping[str, Any], vote: VoteInput) -> StoredApproval:
-    stored = StoredApproval.repaired(row)
+    # Of an approval that is altered nothing is stored; closed it can be all the same.
+    is_approval = vote.decision is VoteDecision.APPROVED
+    stored = StoredApproval.from_row(row) if is_approval else StoredApproval.repaired(row)
     values = vote.values | {"p_approval_id": stored.request.approval_id, "p_org_id": stored.request.org_id}
     # Somebody who has voted may still cancel; the first vote stays on record.
     is_first = await VOTE.first(connection, values) is not None
