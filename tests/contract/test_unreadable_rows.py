@@ -331,6 +331,25 @@ async def test_an_altered_use_stops_no_later_ask(database_url: str) -> None:
         assert (shown.status, "used before, at a time that" in shown.risk_explanation) == (ApprovalStatus.PENDING, True)
 
 
+@SQLITE
+async def test_a_page_ends_before_approvals_of_no_time(database_url: str) -> None:
+    """They are on the next one; a page of nothing else raises."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        for number in range(4):
+            await store.approvals.issue_token(make_request(request_id=f"r-{number}"))
+        altered = "UPDATE approval_requests SET created_at = created_at || 'x'"
+        await tamper(store.database.engine, f"{altered} WHERE request_id = 'r-2'")
+
+        first = await store.approvals.search(limit=2)
+        then = await store.approvals.search(limit=2, cursor=first.next_cursor)
+        last = await store.approvals.search(limit=2, cursor=then.next_cursor)
+        found = [[each.request_id for each in page] for page in (first, then, last)]
+        assert found == [["r-3"], ["r-2", "r-1"], ["r-0"]]
+        await tamper(store.database.engine, altered)
+        with pytest.raises(UnreadableRowError, match=r"\(created_at\)"):
+            await store.approvals.search(limit=2)
+
+
 async def assert_all_is_listed(url: str, statements: Sequence[str]) -> None:
     """Votes, notices and holds that somebody altered are listed, and neither kept nor lost in silence."""
     async with GatewayStore(url, redis_url="", settings=SETTINGS, plugins=[RecordingNotifier()]) as store:

@@ -16,7 +16,7 @@ from agent_gateway_store.approval.filters import conditions, types_of, words_of
 from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, read
 from agent_gateway_store.approval.statements import OVERDUE, readable_columns, sql_statement
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalVote, CastVote, hash_approval
-from agent_gateway_store.models.base import repaired
+from agent_gateway_store.models.base import UnreadableRow, repaired
 from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.results import Page, Stats
@@ -186,16 +186,23 @@ async def search(
             shape = (*shape, ("after", False))
         rows = await _page(shape, statuses, limit + 1).rows(connection, values)
         requests = [StoredApproval.repaired(row).request for row in rows[:limit]]
+        # From a time that cannot be read no page goes on: such rows at the end of this one are on the next.
+        while len(rows) > limit and requests and _has_no_time(rows[len(requests) - 1]):
+            requests.pop()
         await add_votes(connection, requests, repairs=True)
         if len(rows) > limit and cursor is None:
             restored = await restored_identity(connection)
     following = None
     if len(rows) > limit:
-        if requests[-1].created_at == UTC_MIN:
-            # Of a time that cannot be read no page goes on.
-            rows[limit - 1]["created_at"]
+        if not requests:
+            # Raises its error.
+            rows[0]["created_at"]
         following = encode_cursor(found.scope, requests[-1].created_at, requests[-1].id or 0, restored)
     return Page(requests, next_cursor=following, columns=_COLUMNS, record_type=ApprovalRequest)
+
+
+def _has_no_time(row: Mapping[str, Any]) -> bool:
+    return isinstance(row, UnreadableRow) and bool(row.stand_ins["created_at"] == UTC_MIN)
 
 
 async def stream(transactions: Transactions, found: Criteria) -> AsyncGenerator[ApprovalRequest]:
