@@ -91,8 +91,9 @@ def _is_hash_of(secret: bytes, hashed: str) -> bool:
         # As in "$2b$10$...".
         if int(hashed.split("$")[2]) > MAX_BCRYPT_ROUNDS:
             _logger.error(
-                "An API key has a hash of bcrypt's cost %s, which no store writes: the key is refused; issue another.",
+                "An API key has a hash of bcrypt's cost %s, above %s, and is refused: issue another key.",
                 hashed[4:6],
+                MAX_BCRYPT_ROUNDS,
             )
             return False
         return bcrypt.checkpw(secret, hashed.encode())
