@@ -8,8 +8,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Table, bindparam, select
 
 from agent_gateway_store.approval.statements import READ, Key
 from agent_gateway_store.errors import ApprovalNotFoundError
@@ -24,10 +23,15 @@ from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.statements import Statement
 
-_votes = ApprovalVote.__table__
-_events = AuditEvent.__table__
-_deliveries = NotificationDelivery.__table__
 
+def _rows_with(name: str, table: Table, at: str) -> Statement:
+    is_it = table.c[name] == bindparam(f"p_{name}", type_=table.c[name].type)
+    return Statement(select(table).where(is_it).order_by(table.c[at], table.c.id))
+
+
+_VOTES = _rows_with("approval_id", ApprovalVote.__table__, "voted_at")
+_NOTICES = _rows_with("approval_id", NotificationDelivery.__table__, "created_at")
+_CALLS = [_rows_with(name, AuditEvent.__table__, "timestamp") for name in ("approval_id", "request_id")]
 _HISTORY_COLUMNS = ("at", "event", "by", "status", "note", "channel")
 
 
@@ -160,16 +164,13 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
     """
     async with transactions.read() as connection:
         request = (await read(connection, ref, StoredApproval.repaired)).request
-        of_this = request.approval_id
-        votes = await _rows_of(connection, _votes, _votes.c.voted_at, _votes.c.approval_id == of_this)
-        deliveries = await _rows_of(
-            connection, _deliveries, _deliveries.c.created_at, _deliveries.c.approval_id == of_this
-        )
+        of_this = {"p_approval_id": request.approval_id, "p_request_id": request.request_id}
+        votes = list(map(repaired, await _VOTES.rows(connection, of_this)))
+        deliveries = list(map(repaired, await _NOTICES.rows(connection, of_this)))
         # The call that asked, too: it may have ended before anybody decided. Two statements, since of an OR a planner
         # without statistics makes a look through all events of the organisation.
-        calls = [_events.c.approval_id == of_this, _events.c.request_id == request.request_id]
-        found_events = [await _rows_of(connection, _events, _events.c.timestamp, where) for where in calls]
-    events = {event["id"]: event for some in found_events for event in some if event["org_id"] == request.org_id}
+        calls = [row for each in _CALLS for row in map(repaired, await each.rows(connection, of_this))]
+    events = {event["id"]: event for event in calls if event["org_id"] == request.org_id}
     rows = _steps_of(request, votes)
     # A decision is stamped microseconds before the vote that it follows from, so the order of the steps comes first.
     reached = list(accumulate((row["at"] for row in rows), max))
@@ -185,14 +186,7 @@ async def history(transactions: Transactions, ref: ApprovalRef) -> Page[dict[str
     return Page((rows[index] for index in order), columns=_HISTORY_COLUMNS)
 
 
-async def _rows_of(
-    connection: AsyncConnection, table: Any, at: Any, where: ColumnElement[bool]
-) -> list[Mapping[str, Any]]:
-    statement = Statement(select(table).where(where).order_by(at, table.c.id))
-    return list(map(repaired, await statement.rows(connection, {})))
-
-
-def _steps_of(request: ApprovalRequest, votes: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _steps_of(request: ApprovalRequest, votes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [_step(request.created_at, "asked", by=request.caller_id, note=request.risk_explanation)]
     rows += [
         _step(vote["voted_at"], "vote", vote["approver_id"], vote["decision"], vote["note"], vote["channel"])

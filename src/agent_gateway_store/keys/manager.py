@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import SecretStr
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Executable,
     Select,
@@ -359,11 +360,10 @@ class KeyManager:
         """
         require_between("limit", limit, 0, hint="for more keys, call again with offset")
         require_between("offset", offset, 0, hint="count from the newest key")
-        statement = select(_keys).order_by(_keys.c.id.desc()).limit(limit).offset(offset)
-        if self._org_id is not None:
-            statement = statement.where(_keys.c.org_id == self._org_id)
+        statement = _LIST if self._org_id is None else _LIST_OF_ORG
+        values = {"p_limit": limit, "p_offset": offset, "p_org_id": self._org_id}
         async with self._transactions.read() as connection:
-            rows = await Statement(statement).rows(connection, {})
+            rows = await statement.rows(connection, values)
         return Page((ApiKey.from_row(repaired(row)) for row in rows), columns=COLUMNS, record_type=ApiKey)
 
     def _organisation(self, org_id: str | None) -> str | None:
@@ -383,6 +383,15 @@ def _newest(condition: ColumnElement[bool]) -> Select[Any]:
     """Select the active key of one caller, else the one issued last."""
     return select(_keys).where(condition).order_by(_keys.c.is_active.desc(), _keys.c.id.desc()).limit(1)
 
+
+def _listed(*conditions: ColumnElement[bool]) -> Statement:
+    found = select(_keys).where(*conditions).order_by(_keys.c.id.desc())
+    return Statement(found.limit(bindparam("p_limit", type_=_COUNT)).offset(bindparam("p_offset", type_=_COUNT)))
+
+
+_COUNT = BigInteger()
+_LIST = _listed()
+_LIST_OF_ORG = _listed(_keys.c.org_id == bindparam("p_org_id", type_=Text()))
 
 # No organisation is NULL: a NULL, which stands for another one than the store is bound to, finds nothing.
 _GET = Statement(
