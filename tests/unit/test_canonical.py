@@ -7,6 +7,7 @@ import hmac
 import json
 import math
 import struct
+import tracemalloc
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import PurePosixPath
@@ -18,7 +19,7 @@ import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_gateway_store.encoding.canonical import canonical_json, hash_json
+from agent_gateway_store.encoding.canonical import canonical_json, hash_json, types_in
 from agent_gateway_store.models.approval import hash_tool_call
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.values import ToolCall
@@ -274,6 +275,40 @@ def test_nested_sets_of_any_depth_are_told_apart() -> None:
     assert len(canonical_json(nest(1))) < 200
     assert len({canonical_json(nest(bottom)) for bottom in (1, 2, "1")}) == 3
     assert canonical_json({3, 1, 2}) == canonical_json({2, 3, 1}) == b'"$set:[1,2,3]"'
+
+
+def test_types_cost_what_the_json_does() -> None:
+    """However long the names above them are, and however deep they stand; each container is read once."""
+    long, reads = "k" * 20_000, 0
+
+    class Row(tuple[int, ...]):
+        def __iter__(self) -> Any:
+            nonlocal reads
+            reads += 1
+            return super().__iter__()
+
+    deep: Any = Row([1])
+    in_keys: Any = Row([2])
+    for _ in range(50):
+        deep, in_keys = frozenset([deep]), {1: in_keys}
+    shapes = [
+        ({long: [0] * 5_000}, True),
+        ({long: [[]] * 2_000}, True),
+        ({1: {2: {"a": [0] * 5_000}}}, True),
+        ({long: [(0,)] * 2_000}, False),
+        ({1: {2: [(0,)] * 2_000}}, False),
+        ({(long, 1): [(0,)] * 2_000}, False),
+        ([deep, in_keys], False),
+    ]
+    for n, (value, is_plain) in enumerate(shapes):
+        tracemalloc.start()
+        try:
+            assert (types_in(value) == "") is is_plain
+            assert tracemalloc.get_traced_memory()[1] < 8 * 2**20, n
+        finally:
+            tracemalloc.stop()
+
+    assert reads == 2
 
 
 def test_cycles_end() -> None:

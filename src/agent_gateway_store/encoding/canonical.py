@@ -68,7 +68,8 @@ _REPR_SAYS_ALL = frozenset(
 )
 # By name: NumPy is not always there, and Pydantic has a class for each kind of URL.
 _REPR_SAYS_ALL_BELOW = frozenset({"numpy.generic", "pydantic.networks.AnyUrl", "pydantic.networks._BaseMultiHostUrl"})
-_JSON_TYPES = frozenset({dict, list, str, int, float, bool, type(None)})
+_JSON_SCALARS = frozenset({str, int, float, bool, type(None)})
+_JSON_TYPES = _JSON_SCALARS | {dict, list}
 _LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
 
 
@@ -106,39 +107,40 @@ def canonical_json(value: Any, *, strict: bool = False) -> bytes:
 
 
 def types_in(root: Any) -> str:
-    """Return where in `root` what types are that JSON does not have; empty for plain JSON values.
+    """Return a hash of what types stand where in `root`; empty where JSON has them all.
 
     Two values of which one holds an enum member, a named tuple or a model, and the other text, a list or another model,
-    may have the same canonical JSON. Of a model it says which fields were given, too: a tool may leave alone what is a
-    default, and clear what is an explicit None.
+    may have the same canonical JSON, and so have different hashes. The time and memory it takes grow as that JSON does.
     """
-    found: list[str] = []
-    items: list[tuple[str, Any, tuple[Any, ...]]] = [("", root, ())]
+    return "" if _has_json_types(root) else _digest(rfc8785.dumps(_tagged(root, typed=True)))
+
+
+def _has_json_types(root: Any) -> bool:
+    seen: set[int] = set()
+    items = [root]
     while items:
-        path, item, above = items.pop()
-        kind, source = type(item), plain(item)
-        if kind not in _JSON_TYPES:
-            was_given = sorted(getattr(item, "model_fields_set", ())) if issubclass(kind, BaseModel) else ""
-            found.append(f"{path}={type_name(kind)}{was_given}")
-        # At every place where it stands, but not inside itself.
-        if type(source) not in CONTAINERS or any(each is item for each in above):
-            continue
-        inside: list[tuple[str, Any]] = []
-        if type(source) is dict:
-            for name, each in source.items():
-                if type(name) is str:
-                    inside.append((f".{name!r}", each))
-                else:
-                    # With the value: two names that differ may be the same in JSON.
-                    place = canonical_json({name: each}).decode()
-                    inside += [(place, each), (f"{place}#", name)]
-        elif type(source) is Members:
-            inside = [(f"{{{canonical_json(each).decode()}}}", each) for each in source]
-        else:
-            inside = [(f"[{n}]", each) for n, each in enumerate(source)]
-        above = (*above, item)
-        items.extend((path + place, each, above) for place, each in inside)
-    return "\n".join(sorted(found))
+        item = items.pop()
+        if type(item) not in _JSON_TYPES:
+            return False
+        if type(item) in CONTAINERS and id(item) not in seen:
+            seen.add(id(item))
+            # Without the scalars, which may be as many as there are bytes.
+            for inside in (item, item.values()) if type(item) is dict else (item,):
+                items.extend(each for each in inside if type(each) not in _JSON_SCALARS)
+    return True
+
+
+def _typed(value: Any, form: Any) -> Any:
+    """Return `form`, that of `value`, behind its type where JSON does not have that.
+
+    Of a model it says which fields were given, too: a tool may leave alone what is a default, and clear what is an
+    explicit None.
+    """
+    kind = type(value)
+    if kind in _JSON_TYPES:
+        return form
+    was_given = sorted(getattr(value, "model_fields_set", ())) if issubclass(kind, BaseModel) else ""
+    return [f"$type:{type_name(kind)}{was_given}", form]
 
 
 def _is_simple(value: Any, depth: int = 0) -> bool:
@@ -194,10 +196,10 @@ def _says_all(kind: type[Any]) -> bool:
 class _Frame:
     """One open container of the walk, which has its own stack because values may be nested deeper than Python's."""
 
-    __slots__ = ("is_set", "items", "key", "out", "source_id")
+    __slots__ = ("is_set", "items", "key", "out", "value")
 
     def __init__(self, value: Any, source: Any) -> None:
-        self.source_id = id(value)
+        self.value = value
         self.is_set = type(source) is Members
         self.key: str | None = None
         self.out: dict[str, Any] | list[Any]
@@ -230,10 +232,11 @@ def _digest(data: bytes) -> str:
     return f"$sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _tagged(root: Any) -> Any:
+def _tagged(root: Any, *, typed: bool = False) -> Any:
+    """Return `root` as I-JSON; `typed`: every value behind its type where JSON does not have that."""
     source = plain(root)
     if type(source) not in CONTAINERS:
-        return tag(source)
+        return _typed(root, tag(source)) if typed else tag(source)
     frames = [_Frame(root, source)]
     level_of = {id(root): 0}
     sets_open = int(frames[0].is_set)
@@ -241,10 +244,13 @@ def _tagged(root: Any) -> Any:
         frame = frames[-1]
         for key, value in frame.items:
             if isinstance(frame.out, dict):
-                frame.key = key if type(key) is str and _is_plain(key) else tag(key, as_key=True)
+                if type(key) is str and _is_plain(key):
+                    frame.key = key
+                else:
+                    frame.key = _digest(rfc8785.dumps(_tagged(key, typed=True))) if typed else tag(key, as_key=True)
             inner = plain(value)
             if type(inner) not in CONTAINERS:
-                frame.put(tag(inner))
+                frame.put(_typed(value, tag(inner)) if typed else tag(inner))
                 continue
             if (level := level_of.get(id(value))) is not None:
                 frame.put(f"$cycle:{len(frames) - level}")
@@ -254,10 +260,12 @@ def _tagged(root: Any) -> Any:
             sets_open += frames[-1].is_set
             break
         else:
-            del level_of[frames.pop().source_id]
+            del level_of[id(frames.pop().value)]
             sets_open -= frame.is_set
             collapse = bool(frames) and len(frames) % _COLLAPSE_EVERY == 0
             result = frame.closed(in_set=sets_open > 0, collapse=collapse)
+            if typed:
+                result = _typed(frame.value, result)
             if not frames:
                 return result
             frames[-1].put(result)
