@@ -111,10 +111,17 @@ async def test_rows_of_a_file_that_was_moved_away_are_removed_from_no_other(path
     await fast.add([old])
     seen = [row_id for row_id, _ in await slow.waiting(10)]
     path.rename(path.with_name("moved.db"))
+    path.with_name("spool.db-wal").unlink()
+    path.write_text("Not a database." * 100)
+    with pytest.raises(StoreUnavailableError):
+        await slow.remove(seen)
+    path.unlink()
     await fast.add([new])
 
     await slow.remove(seen)
 
+    assert [row["request_id"] for _, row in await slow.waiting(10)] == ["new"]
+    await slow.remove_stored()
     assert spooled_ids(path) == ["new"]
     await slow.close()
     await fast.close()

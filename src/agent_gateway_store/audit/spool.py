@@ -186,12 +186,13 @@ class Spool:
 
         Those of earlier versions for this URL are given the identity before. What could not be removed is not returned.
         """
-        await self.engine()
         statement = select(_events).where(_events.c.target == self.identity, _events.c.error.is_(None))
-        statement = statement.where(_events.c.id > max(self._stored, default=0))
         async with self._transaction("read the spool") as connection:
-            self._read_by = connection.engine
+            if self._read_by is not connection.engine:
+                # An id says something about its own file only.
+                self._read_by, self._stored = connection.engine, []
             await self._name(connection, self._url)
+            statement = statement.where(_events.c.id > max(self._stored, default=0))
             found = await connection.execute(statement.order_by(_events.c.id).limit(limit))
             return [(row["id"], _complete(dict(row))) for row in found.mappings()]
 
@@ -338,7 +339,6 @@ class Spool:
                 beside(self.path, "-shm" + aside).unlink(missing_ok=True)
             else:
                 _logger.error("The spool was moved away, and %s holds events of it: put it beside it as -wal.", log)
-        self._stored.clear()
         await self.close()
 
     @property
