@@ -35,11 +35,11 @@ async def test_every_connection_to_the_file_syncs_and_has_the_size_limit(path: P
     await spool.add([to_values(encode_event(make_event()))])
     engine = await spool.engine()
     found = []
-    async with engine.connect() as first, engine.connect() as second:
-        for connection in (first, second):
+    for _ in range(2):
+        async with engine.connect() as connection:
             for name in ("journal_mode", "synchronous", "max_page_count"):
                 found.append((await connection.exec_driver_sql(f"PRAGMA {name}")).scalar())
-            await connection.rollback()
+        await engine.dispose()
     await spool.close()
 
     assert found == ["wal", 2, 2**18] * 2
@@ -125,10 +125,57 @@ async def test_rows_of_a_file_that_was_moved_away_are_removed_from_no_other(path
     assert spooled_ids(path) == ["new"]
     await slow.close()
     await fast.close()
-    fast.path.rename(path.with_name("moved again.db"))
-    path.with_name("spool.db-wal").touch()
-    with pytest.raises(StoreUnavailableError, match="belongs to a file that was moved away, so put that back"):
-        await Spool(path, HERE, "identity").check()
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+async def test_another_spool_put_in_place_of_a_running_one_keeps_its_rows(path: Path, is_read: bool) -> None:
+    """The log of the running one is brought into the file that was moved, and not into that one."""
+    other, running = Spool(path.with_name("other.db"), HERE, "identity"), Spool(path, HERE, "identity")
+    old, one, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "one", "new"))
+    await other.add([old])
+    await other.close()
+    await running.add([one])
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        if is_read:
+            # It keeps the log from being emptied.
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM spooled_events").fetchall()
+        path.rename(path.with_name("moved.db"))
+        other.path.rename(path)
+        await running.add([new])
+    await running.close()
+
+    assert spooled_ids(path.with_name("moved.db")) == ["one"]
+    assert spooled_ids(path) == ["old", "new"]
+    assert len(list(path.parent.glob("spool.db-*"))) == is_read
+
+
+async def test_the_log_of_a_spool_that_was_moved_away_is_set_aside_and_named(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its gateway is idle, or was killed: what it acknowledged comes into its file later, or is put there by hand."""
+    idle, following = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
+    old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
+    moved, killed = path.with_name("moved.db"), path.with_name("killed.db")
+    await idle.add([old])
+    path.rename(moved)
+    await following.add([new])
+    (aside,) = path.parent.glob("spool.db-wal.*")
+    shutil.copy(moved, killed)
+    shutil.copy(aside, killed.with_name("killed.db-wal"))
+    await following.close()
+    path.unlink()
+    caplog.clear()
+    await following.check()
+
+    assert f"{aside} holds events of a spool that was moved away" in caplog.text
+    assert spooled_ids(killed) == ["old"]
+    await idle.close()
+    assert spooled_ids(moved) == ["old"]
+    await following.close()
+    await following.check()
+    assert not list(path.parent.glob("spool.db-wal.*"))
+    await following.close()
 
 
 async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:

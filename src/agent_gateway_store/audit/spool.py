@@ -19,6 +19,7 @@ import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import datetime
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple
@@ -59,7 +60,6 @@ from agent_gateway_store.storage.files import (
     create_file,
     create_folder,
     file_id,
-    has_log_of_another,
     is_empty,
     is_gone,
 )
@@ -93,6 +93,10 @@ _events = Table(
 )
 
 
+_LOG_ASIDE = (
+    "%s holds events of a spool that was moved away: stop the gateways, and if it is still there put it beside that "
+    "spool, under its name with -wal at the end."
+)
 _logger = logging.getLogger("agent_gateway_store.audit")
 
 
@@ -128,6 +132,7 @@ class Spool:
         self._url = _without_user(database)
         self._engine: AsyncEngine | None = None
         self._opened: tuple[int, int] | None = None
+        self._log: tuple[int, int] | None = None
         self._read_by: AsyncEngine | None = None
         self._opening = asyncio.Lock()
         # Of rows that the database holds and that could not be removed.
@@ -149,7 +154,7 @@ class Spool:
         """
         try:
             await asyncio.to_thread(_check_place, self.path)
-            if self.exists or has_log_of_another(self.path):
+            if self.exists or beside(self.path, "-wal").exists() or _logs_aside(self.path):
                 async with self._transaction("write the spool"):
                     pass
         except (OSError, ValueError, GatewayStoreError) as exc:
@@ -165,7 +170,8 @@ class Spool:
         Raises:
             StoreUnavailableError: The file cannot be written, or is full.
         """
-        await self.engine()
+        with translate_errors("spool the event"):
+            await self.engine()
         await asyncio.to_thread(self._keep_reserve)
         extra = {"target": self.identity, "url": self._url, "error": error}
         given = [{**row, **extra} for row in rows]
@@ -281,9 +287,14 @@ class Spool:
             return since
 
     async def close(self) -> None:
-        """Close the file. Rows that wait stay in it."""
+        """Close the file. Rows that wait stay in it, wherever it was moved."""
         if self._engine is not None:
             engine, self._engine = self._engine, None
+            if is_gone(self.path, self._opened):
+                # The only connection brings its log in as it refuses to be used.
+                with suppress(DBAPIError):
+                    async with engine.connect():
+                        pass
             await engine.dispose()
 
     @asynccontextmanager
@@ -302,17 +313,17 @@ class Spool:
                 create_folder(self.path.parent)
                 # Of two that make the file at once, one would take the other's log for that of the file before.
                 lock = file_lock(beside(self.path, ".lock"), wait_s=_LOCK_S, busy="Another process makes the spool")
-                async with lock if is_empty(self.path) else nullcontext():
-                    if self._engine is not None:
-                        # Removed or replaced: what is written to it now would be lost when this process ends.
-                        await self._leave(self._engine)
+                async with lock if self._engine is not None or is_empty(self.path) else nullcontext():
+                    # Removed or replaced: what is written to it now would be lost when this process ends.
+                    await self.close()
+                    await asyncio.to_thread(_set_log_aside, self.path, self._log)
                     self._engine = await self._opened_engine()
             return self._engine
 
     async def _opened_engine(self) -> AsyncEngine:
         # Not as text: a path may hold what ends one in a URL.
-        engine = create_engine(URL.create("sqlite", database=str(self.path)), pool_size=2)
-        event.listen(engine.sync_engine, "connect", _limit_size)
+        engine = create_engine(URL.create("sqlite", database=str(self.path)), pool_size=1)
+        event.listen(engine.sync_engine, "connect", self._on_connect)
         try:
             async with engine.begin() as connection:
                 await connection.run_sync(_prepare)
@@ -322,24 +333,12 @@ class Spool:
         self._opened = file_id(self.path)
         return engine
 
-    async def _leave(self, engine: AsyncEngine) -> None:
-        """Let go of a file that is gone; its log, which stayed behind, is brought into it, wherever it is."""
-        if is_empty(self.path):
-            aside = f".{secrets.token_hex(4)}"
-            for suffix in ("-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    # The connections of this process and of others go with it: the next file gets one of its own.
-                    beside(self.path, suffix).rename(beside(self.path, suffix + aside))
-            with suppress(DBAPIError):
-                async with engine.connect():
-                    pass
-            log = beside(self.path, "-wal" + aside)
-            if is_empty(log):
-                log.unlink(missing_ok=True)
-                beside(self.path, "-shm" + aside).unlink(missing_ok=True)
-            else:
-                _logger.error("The spool was moved away, and %s holds events of it: put it beside it as -wal.", log)
-        await self.close()
+    def _on_connect(self, connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA max_page_count={MAX_BYTES // _PAGE_BYTES}")
+        cursor.close()
+        with suppress(OSError):
+            self._log = file_id(beside(self.path, "-wal"))
 
     @property
     def _reserve(self) -> Path:
@@ -405,10 +404,28 @@ def _complete(row: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _limit_size(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA max_page_count={MAX_BYTES // _PAGE_BYTES}")
-    cursor.close()
+def _logs_aside(path: Path) -> list[Path]:
+    log = beside(path, "-wal")
+    return sorted(log.parent.glob(f"{escape(log.name)}.*"))
+
+
+def _set_log_aside(path: Path, opened: tuple[int, int] | None) -> None:
+    """Move the log of a file that is gone out of the way, or SQLite deletes it or writes it into the next file.
+
+    Args:
+        path: Where the file was.
+        opened: Which log was the file's, as far as that is known.
+    """
+    log = beside(path, "-wal")
+    if is_empty(path) or not is_gone(log, opened):
+        with suppress(FileNotFoundError):
+            log.rename(log.with_name(f"{log.name}.{secrets.token_hex(4)}"))
+        beside(path, "-shm").unlink(missing_ok=True)
+    for each in _logs_aside(path):
+        if is_empty(each):
+            each.unlink(missing_ok=True)
+        else:
+            _logger.error(_LOG_ASIDE, each)
 
 
 def _without_user(url: URL) -> str:

@@ -19,7 +19,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from agent_gateway_store.storage.files import create_database_file, file_id, has_log_of_another, is_empty, is_gone
+from agent_gateway_store.storage.files import create_database_file, file_id, has_log_of_another, is_gone
 from agent_gateway_store.storage.host import READ_ONLY
 from agent_gateway_store.storage.urls import is_memory, sqlite_file
 
@@ -176,8 +176,7 @@ class _File:
         try:
             self._require_same()
         except sqlite3.OperationalError as exc:
-            if self._file is not None and is_empty(self._file):
-                _bring_log_in(_connection)
+            _bring_log_in(_connection)
             # What SQLAlchemy makes of errors of a driver, but not of those of a listener.
             raise OperationalError(None, None, exc) from exc
 
