@@ -170,18 +170,19 @@ class Spool:
         Raises:
             StoreUnavailableError: The file cannot be written, or is full.
         """
-        with translate_errors("spool the event"):
-            await self.engine()
-        await asyncio.to_thread(self._keep_reserve)
         extra = {"target": self.identity, "url": self._url, "error": error}
         given = [{**row, **extra} for row in rows]
         # Once more into the next file where this one was moved meanwhile: twice in the spool is once in the database.
         for is_last in (False, True):
+            engine = self._engine
             try:
+                with translate_errors("spool the event"):
+                    await self.engine()
+                await asyncio.to_thread(self._keep_reserve)
                 async with self._transaction("spool the event") as connection:
                     await connection.execute(insert(_events).values(spooled_at=db_now()), given)
-            except StoreUnavailableError:
-                if is_last or not is_gone(self.path, self._opened):
+            except (StoreUnavailableError, FileNotFoundError):
+                if is_last or (engine is self._engine and not is_gone(self.path, self._opened)):
                     raise
             else:
                 if connection.engine is self._engine and not is_gone(self.path, self._opened):
@@ -314,9 +315,11 @@ class Spool:
                 # Of two that make the file at once, one would take the other's log for that of the file before.
                 lock = file_lock(beside(self.path, ".lock"), wait_s=_LOCK_S, busy="Another process makes the spool")
                 async with lock if self._engine is not None or is_empty(self.path) else nullcontext():
+                    # Asked while it is open, for later another log may be given its inode.
+                    is_own = self._engine is not None and not is_gone(beside(self.path, "-wal"), self._log)
                     # Removed or replaced: what is written to it now would be lost when this process ends.
                     await self.close()
-                    await asyncio.to_thread(_set_log_aside, self.path, self._log)
+                    await asyncio.to_thread(_set_log_aside, self.path, is_own=is_own)
                     self._engine = await self._opened_engine()
             return self._engine
 
@@ -409,15 +412,10 @@ def _logs_aside(path: Path) -> list[Path]:
     return sorted(log.parent.glob(f"{escape(log.name)}.*"))
 
 
-def _set_log_aside(path: Path, opened: tuple[int, int] | None) -> None:
-    """Move the log of a file that is gone out of the way, or SQLite deletes it or writes it into the next file.
-
-    Args:
-        path: Where the file was.
-        opened: Which log was the file's, as far as that is known.
-    """
+def _set_log_aside(path: Path, *, is_own: bool) -> None:
+    """Move the log of a file that is gone out of the way, or SQLite deletes it or writes it into the next file."""
     log = beside(path, "-wal")
-    if is_empty(path) or not is_gone(log, opened):
+    if is_own or is_empty(path):
         with suppress(FileNotFoundError):
             log.rename(log.with_name(f"{log.name}.{secrets.token_hex(4)}"))
         beside(path, "-shm").unlink(missing_ok=True)
