@@ -6,7 +6,6 @@ import secrets
 import string
 from datetime import datetime
 from enum import IntEnum
-from typing import Any
 
 from pydantic import SecretStr
 from sqlalchemy import CheckConstraint, Index, Text, UniqueConstraint, text
@@ -110,7 +109,7 @@ class CallerIdentity(FrozenModel):
 
 
 class IssuedKey(FrozenModel):
-    """A new key, at the only moment at which its plaintext exists: it cannot be pickled.
+    """A new key, at the only moment at which its plaintext exists.
 
     Attributes:
         plaintext: Hand it to the caller; it cannot be shown again. Masked in a repr.
@@ -121,7 +120,3 @@ class IssuedKey(FrozenModel):
     plaintext: SecretStr
     api_key: ApiKey
     previous_valid_until: datetime | None = None
-
-    def __getstate__(self) -> Any:
-        """Refuse: a cache or a process pool would keep the plaintext."""
-        raise TypeError("An issued key cannot be pickled, since it holds the plaintext: pass on its api_key.")
