@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -113,7 +114,9 @@ class Statement:
         try:
             return (await connection.exec_driver_sql(compiled.text, arguments)).all()
         finally:
-            driver.text_factory = str
+            # One that was cancelled is closed.
+            with suppress(ValueError):
+                driver.text_factory = str
 
 
 class CompiledStatement:
