@@ -70,6 +70,14 @@ async def used_approval(store: GatewayStore, request_id: str, mark: str = MARK) 
     return used.approval_id
 
 
+async def settle(store: GatewayStore) -> None:
+    """Write the event, an approval of its request that was used, and its notices; and a neighbour."""
+    await used_approval(store, "r-1")
+    await store.audit.write_many([secret_event(), make_event(request_id="neighbour", timestamp=OLD)])
+    await store.audit.write(make_event(request_id="newest"))
+    await store.evidence.seal()
+
+
 async def secrets_of(store: GatewayStore, request_id: str, mark: str = MARK, folder: Path | None = None) -> list[str]:
     """What must not be found again: the mark, every hash of content, and the salts."""
     event = secret_event(mark)

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from agent_gateway_store import CallerIdentity, Decision, GatewayStore, ToolCall, TrustLevel
+from agent_gateway_store import (
+    ApprovalRequest,
+    AuditEvent,
+    CallerIdentity,
+    Decision,
+    GatewayStore,
+    ToolCall,
+    TrustLevel,
+)
 from agent_gateway_store.integrations.guard import Verdict
 
 CALLER = CallerIdentity(caller_id="a", role="r", trust_level=TrustLevel.LOW, environment="test")
@@ -24,3 +32,16 @@ async def store(tmp_path: Path) -> AsyncIterator[GatewayStore]:
     """An open one."""
     async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url="") as opened:
         yield opened
+
+
+async def approve(store: GatewayStore) -> list[ApprovalRequest]:
+    """Approve whatever waits, and return it."""
+    asked = await store.approvals.list_requests("PENDING")
+    for each in asked:
+        await store.approvals.approve(approval_id=each.approval_id, approver_id="alice")
+    return list(asked)
+
+
+async def events(store: GatewayStore) -> list[AuditEvent]:
+    """Oldest first."""
+    return list(reversed(await store.audit.list_recent()))

@@ -11,29 +11,19 @@ import pytest
 from agents import Agent as OpenAIAgent
 from agents import RunConfig, Runner, function_tool
 from agents.testing import ScriptedModel, assistant_message, function_call
-from guard_helpers import CALLER, judge
+from guard_helpers import CALLER, approve, events, judge
 from pydantic import BaseModel
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset, RunContext
 from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
 
-from agent_gateway_store import AuditEvent, GatewayStore
+from agent_gateway_store import GatewayStore
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.guard import CallGuard
 
 store = guard_helpers.store
 Tool = Callable[..., Awaitable[str]]
-
-
-async def approve(store: GatewayStore) -> None:
-    for each in await store.approvals.list_requests("PENDING"):
-        await store.approvals.approve(approval_id=each.approval_id, approver_id="alice")
-
-
-async def events(store: GatewayStore) -> list[AuditEvent]:
-    """Oldest first."""
-    return list(reversed(await store.audit.list_recent()))
 
 
 class Change(BaseModel):

@@ -18,41 +18,19 @@ import pytest
 from agents import FunctionTool, WebSearchTool, function_tool, tool_namespace
 from fastmcp import Client, FastMCP
 from fastmcp_helpers import always
-from guard_helpers import CALLER, judge
-from langchain.agents import create_agent
-from langchain.tools import ToolRuntime
-from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
-from langchain_core.messages import AIMessage, ToolMessage
-from langchain_core.runnables import RunnableLambda
-from langchain_core.tools import ToolException
-from langchain_core.tools import tool as langchain_tool
-from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import START, MessagesState, StateGraph
-from langgraph.prebuilt import ToolNode
-from langgraph.types import Command, Interrupt, interrupt
+from guard_helpers import CALLER, approve, events, judge
 from pydantic import BaseModel, Discriminator, Field, HttpUrl, RootModel, SecretStr, StringConstraints, Tag
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
 from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
 
-from agent_gateway_store import ApprovalRequest, AuditEvent, Decision, GatewayStore, ToolCall
-from agent_gateway_store.integrations import langchain as for_langchain
+from agent_gateway_store import ApprovalRequest, Decision, GatewayStore, ToolCall
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.fastmcp import GatewayMiddleware
 from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError
 
 store = guard_helpers.store
-
-
-async def approve(store: GatewayStore) -> None:
-    for each in await store.approvals.list_requests("PENDING"):
-        await store.approvals.approve(approval_id=each.approval_id, approver_id="alice")
-
-
-async def events(store: GatewayStore) -> list[AuditEvent]:
-    """Oldest first."""
-    return list(reversed(await store.audit.list_recent()))
 
 
 def pay(to: Any) -> ToolCall:
@@ -188,192 +166,6 @@ async def test_the_status_of_an_error_is_found_among_its_causes(store: GatewaySt
 def in_a_circle(first: BaseException, second: BaseException) -> BaseException:
     first.__cause__, second.__cause__ = second, first
     return first
-
-
-THREAD: Any = {"configurable": {"thread_id": "t-1"}}
-
-
-class Scripted(GenericFakeChatModel):
-    """Makes its calls in one turn, and ends."""
-
-    calls: list[tuple[str, dict[str, Any]]]
-
-    def bind_tools(self, *_args: Any, **_options: Any) -> Any:
-        asked = AIMessage("", tool_calls=[{"name": name, "args": args, "id": name} for name, args in self.calls])
-        return RunnableLambda(lambda messages: AIMessage("end") if messages[-1].type == "tool" else asked)
-
-
-class Patch(BaseModel):
-    """Says what to change: None clears."""
-
-    a: int
-    b: int | None = None
-
-
-class TestLangChain:
-    """Agents with real graphs and a scripted model."""
-
-    @staticmethod
-    def agent(store: GatewayStore, tools: list[Any], *calls: tuple[str, dict[str, Any]], **options: Any) -> Any:
-        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge, **options), lambda _: CALLER, server="bank")
-        model = Scripted(messages=iter(()), calls=list(calls))
-        return create_agent(model, tools, middleware=[gateway], checkpointer=InMemorySaver())
-
-    @staticmethod
-    async def ask(agent: Any) -> Any:
-        return await agent.ainvoke({"messages": [("user", "go")]}, THREAD)
-
-    async def test_arguments_that_change_in_the_state_run_as_they_were_approved(self, store: GatewayStore) -> None:
-        """Another tool of the turn reaches the messages of the graph, and the same objects are in them."""
-        ran: list[str] = []
-
-        @langchain_tool
-        async def transfer(to: str) -> str:
-            """Pay."""
-            ran.append(to)
-            return "paid"
-
-        @langchain_tool
-        async def free_tidy(runtime: ToolRuntime) -> str:
-            """Change what waits, and let it go on."""
-            while not await store.approvals.list_requests("PENDING"):
-                await asyncio.sleep(0.01)
-            runtime.state["messages"][-1].tool_calls[0]["args"]["to"] = "mallory"
-            await approve(store)
-            return "tidy"
-
-        calls = ("transfer", {"to": "alice"}), ("free_tidy", {})
-        await self.ask(self.agent(store, [transfer, free_tidy], *calls, approval_wait_s=30))
-        assert ran == ["alice"]
-
-    async def test_a_tool_that_was_approved_cannot_take_our_answer_for_its_own(self, store: GatewayStore) -> None:
-        """LangGraph hands out answers by number, and the first one was given to the gateway's own interrupt."""
-        answers: list[Any] = []
-
-        @langchain_tool
-        async def delete(path: str) -> str:
-            """Delete."""
-            answers.append(interrupt(f"Really {path}?"))
-            return "deleted"
-
-        agent = self.agent(store, [delete], ("delete", {"path": "a"}))
-        state = await self.ask(agent)
-        await approve(store)
-        state = await agent.ainvoke(await for_langchain.resume(store, state), THREAD)
-        (answer,) = [each for each in state["messages"] if isinstance(each, ToolMessage)]
-        assert (answers, answer.status) == ([], "error")
-        assert "interrupted the graph to ask something of its own" in answer.content
-
-    async def test_errors_that_a_graph_returns_as_messages_are_recorded_as_errors(self, store: GatewayStore) -> None:
-        """Wrong arguments, a handled error, an unknown tool, and a command that holds one."""
-
-        def soft(path: str) -> str:
-            """Fail."""
-            raise ToolException(path)
-
-        handled = langchain_tool("free_soft")(soft)
-        handled.handle_tool_error = True
-
-        @langchain_tool
-        async def free_command(path: str) -> Any:
-            """Fail by a command."""
-            failed = ToolMessage(path, tool_call_id="free_command", status="error")
-            return Command(update={"messages": [failed]})
-
-        @langchain_tool
-        async def free_list(path: str) -> Any:
-            """Fail by one of several."""
-            failed = ToolMessage(path, tool_call_id="free_list", status="error")
-            return [Command(update={}), Command(update={"messages": [failed]})]
-
-        names = ("free_soft", "free_command", "free_list", "free_unknown")
-        calls = [(name, {"path": "a"}) for name in names] + [("free_command", {"wrong": 1})]
-        await self.ask(self.agent(store, [handled, free_command, free_list], *calls))
-        assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR"] * 5
-
-    async def test_calls_of_one_node_wait_without_an_interrupt(self, store: GatewayStore) -> None:
-        """It would run all of them again; what was asked for is released by a call that comes alone, which may wait."""
-        ran: list[str] = []
-
-        @langchain_tool
-        async def free_put(x: str) -> str:
-            """Put."""
-            ran.append(x)
-            return x
-
-        @langchain_tool
-        async def put(x: str) -> str:
-            """Put."""
-            ran.append(x)
-            return x
-
-        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
-        graph = StateGraph(MessagesState)
-        graph.add_node("tools", ToolNode([free_put, put], awrap_tool_call=gateway.awrap_tool_call))
-        graph.add_edge(START, "tools")
-        agent = graph.compile(checkpointer=InMemorySaver())
-
-        async def call(*texts: str) -> Any:
-            calls: Any = [
-                {"name": "free_put" if text == "free" else "put", "args": {"x": text}, "id": text} for text in texts
-            ]
-            return await agent.ainvoke({"messages": [AIMessage("", tool_calls=calls)]}, THREAD)
-
-        state = await call("free", "a", "b")
-        assert ["Call it alone" in each.text for each in state["messages"][-3:]] == [False, True, True]
-        assert ("__interrupt__" in state, ran) == (False, ["free"])
-        await approve(store)
-        await call("a")
-        assert ran == ["free", "a"]
-        state = await call("c")
-        await approve(store)
-        await agent.ainvoke(await for_langchain.resume(store, state), THREAD)
-        assert ran == ["free", "a", "c"]
-
-    @pytest.mark.parametrize(("value", "as_json"), [((1, 2), list), (Patch(a=1), Patch.model_dump)])
-    async def test_what_a_checkpoint_changes_is_asked_for_anew_unless_it_is_plain_json(
-        self, store: GatewayStore, value: Any, as_json: Any
-    ) -> None:
-        """A tuple comes back as a list, and a model as one whose every field was given: a tool may clear one."""
-        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
-        for convert, times in ((lambda each: each, 2), (as_json, 1)):
-            graph, asked, thread = StateGraph(dict), 0, {"configurable": {"thread_id": str(times)}}
-
-            async def node(state: Any, convert: Any = convert) -> None:
-                await gateway.run("move", {"to": convert(state["to"])}, CALLER, done)
-
-            graph.add_node("node", node)
-            graph.add_edge(START, "node")
-            agent: Any = graph.compile(checkpointer=InMemorySaver())
-            state = await agent.ainvoke({"to": value}, thread)
-            while "__interrupt__" in state:
-                asked += 1
-                await approve(store)
-                state = await agent.ainvoke(await for_langchain.resume(store, state), thread)
-            assert asked == times
-
-    async def test_arguments_that_are_nested_too_deeply_are_refused(self, store: GatewayStore) -> None:
-        """The run goes on, and the log says so."""
-
-        @langchain_tool
-        async def free_put(x: Any) -> str:
-            """Put."""
-            raise AssertionError
-
-        deep: Any = 1
-        for _ in range(500):
-            deep = {"a": deep}
-        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
-        model = Scripted(messages=iter(()), calls=[("free_put", {"x": deep})])
-        state = await self.ask(create_agent(model, [free_put], middleware=[gateway]))
-        assert "The argument x cannot be copied" in state["messages"][-2].content
-        (event,) = await events(store)
-        assert (event.decision, event.matched_policy_rule) == ("DENY", "gateway.unreadable")
-
-    async def test_interrupts_of_another_form_are_left(self, store: GatewayStore) -> None:
-        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
-        for value in ({"action_requests": None}, {"action_requests": ["x"]}, {"action_requests": [{"name": "x"}]}):
-            assert await gateway.answer({"__interrupt__": [Interrupt(value=value, id="i-1")]}, CALLER) is None
 
 
 class Read(BaseModel):

@@ -27,45 +27,20 @@ from agents.mcp import MCPServerStdio, MCPServerStreamableHttp, MCPToolCustomDat
 from agents.run_config import ToolExecutionConfig
 from agents.testing import ScriptedModel, assistant_message, function_call
 from cachetools import TTLCache
-from guard_helpers import CALLER, judge
-from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, HumanInTheLoopMiddleware
-from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
-from langchain_core.messages import AIMessage, ToolMessage
-from langchain_core.runnables import RunnableLambda
-from langchain_core.tools import tool as langchain_tool
-from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.types import Command, interrupt
+from guard_helpers import CALLER, approve, events, judge
 from pydantic_ai import Agent, ApprovalRequired, CallDeferred, DeferredToolRequests, FunctionToolset
 from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
 
 from agent_gateway_store import (
-    ApprovalRequest,
-    AuditEvent,
-    CallerIdentity,
-    Decision,
     GatewayStore,
-    ToolCall,
 )
-from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
-from agent_gateway_store.integrations.guard import CallGuard, Verdict
+from agent_gateway_store.integrations.guard import CallGuard
 from forks import forks
 
 store = guard_helpers.store
-
-
-async def events(store: GatewayStore) -> list[AuditEvent]:
-    """Oldest first."""
-    return list(reversed(await store.audit.list_recent()))
-
-
-async def approve(store: GatewayStore) -> ApprovalRequest:
-    (asked,) = await store.approvals.list_requests("PENDING")
-    await store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
-    return asked
 
 
 MCP_SERVER = """
@@ -227,7 +202,7 @@ class TestOpenAIAgents:
         agent, given, asked = call_once(gateway.wrap(delete), name), "Go.", None
         if name == "delete":
             given = (await run(agent, given)).to_state()
-            asked = await approve(store)
+            (asked,) = await approve(store)
             assert await gateway.answer(given)
         if ending == "reject_content":
             (item,) = [each for each in (await run(agent, given)).new_items if each.type == "tool_call_output_item"]
@@ -277,7 +252,7 @@ class TestOpenAIAgents:
         gateway = self.gateway(store)
         agent = call_once(gateway.wrap(delete), "delete")
         state = (await run(agent)).to_state()
-        asked = await approve(store)
+        (asked,) = await approve(store)
         assert await gateway.answer(state)
         now = 61.0
         assert not await gateway.answer(state)
@@ -334,121 +309,6 @@ class TestOpenAIAgents:
         assert [each.execution_status for each in found] == ["CANCELLED"]
 
 
-class OneCall(GenericFakeChatModel):
-    """A model that calls `delete`, and ends when it reads the answer."""
-
-    def bind_tools(self, *_args: Any, **_options: Any) -> Any:
-        call = AIMessage("", tool_calls=[{"name": "delete", "args": {"path": "a.txt"}, "id": "c-1"}])
-        return RunnableLambda(lambda seen: AIMessage("end") if isinstance(seen[-1], ToolMessage) else call)
-
-
-class TestLangChain:
-    """A real graph whose scripted model makes one call."""
-
-    @pytest.mark.parametrize(
-        ("asks", "change"),
-        [([False, False, True], "policy"), ([False, True], "policy in between"), ([True], "approval")],
-    )
-    async def test_a_human_is_asked_once_more_where_something_changed_since_the_answer(
-        self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch, asks: list[bool], change: str
-    ) -> None:
-        """The policy asks by now, or the approval is over: what is asked anew releases the call, also hours later."""
-        now, ran = 0.0, []
-        monkeypatch.setattr(for_langchain, "TTLCache", partial(TTLCache, timer=lambda: now))
-
-        def changing(_caller: CallerIdentity, _call: ToolCall) -> Verdict:
-            decision = Decision.APPROVAL_REQUIRED if (asks.pop(0) if asks else True) else Decision.ALLOW
-            return Verdict(decision=decision, rule="r", reason="why")
-
-        @langchain_tool
-        async def delete(path: str) -> str:
-            """Delete."""
-            ran.append(path)
-            return "deleted"
-
-        gateway = for_langchain.GatewayMiddleware(CallGuard(store, changing), lambda _: CALLER)
-        agent: Any = create_agent(
-            OneCall(messages=iter(())),
-            [delete],
-            middleware=[HumanInTheLoopMiddleware({"delete": True}), gateway],
-            checkpointer=InMemorySaver(),
-        )
-        thread: Any = {"configurable": {"thread_id": "t-1"}}
-        state = await agent.ainvoke({"messages": [("user", "go")]}, thread)
-        command = await gateway.answer(state, CALLER)
-        if change != "policy":
-            assert command is None
-            over = await approve(store)
-            command = await gateway.answer(state, CALLER)
-        if change == "approval":
-            await store.approvals.cancel(approval_id=over.approval_id, approver_id="alice")
-        state = await agent.ainvoke(command, thread)
-        if change != "policy in between":
-            asked = await approve(store)
-            now = 3600.0
-            await agent.ainvoke(await for_langchain.resume(store, state), thread)
-            assert (await store.approvals.get(approval_id=asked.approval_id)).status == "USED"
-
-        assert ran == ["a.txt"]
-        assert await store.approvals.list_requests("PENDING") == []
-        assert await store.approvals.list_requests("APPROVED") == []
-
-    @pytest.mark.parametrize("is_stopped", [True, False])
-    async def test_an_approval_is_used_up_by_a_call_that_runs(self, store: GatewayStore, is_stopped: bool) -> None:
-        """And not by one that another middleware stops between the answer and the run."""
-        ran: list[str] = []
-
-        @langchain_tool
-        async def delete(path: str) -> str:
-            """Delete."""
-            ran.append(path)
-            return "deleted"
-
-        class Stop(AgentMiddleware[Any, Any]):
-            async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
-                return ToolMessage("stopped", tool_call_id="c-1") if is_stopped else await handler(request)
-
-        gateway = for_langchain.GatewayMiddleware(CallGuard(store, judge), lambda _: CALLER)
-        agent: Any = create_agent(
-            OneCall(messages=iter(())),
-            [delete],
-            middleware=[HumanInTheLoopMiddleware({"delete": True}), Stop(), gateway],
-            checkpointer=InMemorySaver(),
-        )
-        thread: Any = {"configurable": {"thread_id": "t-1"}}
-        state = await agent.ainvoke({"messages": [("user", "go")]}, thread)
-        assert await gateway.answer(state, CALLER) is None
-        asked = await approve(store)
-        command = await gateway.answer(state, CALLER)
-        # Answered again, it is the same answer.
-        assert await gateway.answer(state, CALLER) == command
-        await agent.ainvoke(command, thread)
-
-        stands = await store.approvals.get(approval_id=asked.approval_id)
-        assert (stands.status, stands.outcome) == (("APPROVED", None) if is_stopped else ("USED", "SUCCESS"))
-        assert ran == ([] if is_stopped else ["a.txt"])
-        assert len(await events(store)) == 2 - is_stopped
-
-    async def test_a_tool_that_interrupts_the_graph_has_not_ended(self, store: GatewayStore) -> None:
-        """It runs again from its top once it is answered, and leaves an event for each time."""
-
-        @langchain_tool
-        async def delete(path: str) -> str:
-            """Delete."""
-            return f"{interrupt(path)}"
-
-        gateway = for_langchain.GatewayMiddleware(CallGuard(store, allow), lambda _: CALLER)
-        agent = create_agent(OneCall(messages=iter(())), [delete], middleware=[gateway], checkpointer=InMemorySaver())
-        thread: Any = {"configurable": {"thread_id": "t-1"}}
-        await agent.ainvoke({"messages": [("user", "go")]}, thread)
-        await agent.ainvoke(Command(resume="yes"), thread)
-        assert [each.execution_status for each in await events(store)] == [None, "SUCCESS"]
-
-
-def allow(_caller: CallerIdentity, _call: ToolCall) -> Verdict:
-    return Verdict(decision=Decision.ALLOW, rule="r", reason="why")
-
-
 @pytest.mark.parametrize("ending", [CallDeferred, ApprovalRequired])
 async def test_a_tool_that_defers_its_call_in_pydantic_ai_has_not_ended(
     store: GatewayStore, ending: type[Exception]
@@ -462,7 +322,7 @@ async def test_a_tool_that_defers_its_call_in_pydantic_ai_has_not_ended(
     tools = for_pydantic_ai.GatewayToolset(FunctionToolset([start]), CallGuard(store, judge), lambda _: CALLER)
     agent = Agent(model, toolsets=[tools], output_type=[str, DeferredToolRequests])
     await agent.run("go")
-    asked = await approve(store)
+    (asked,) = await approve(store)
     await agent.run("go")
 
     assert [each.execution_status for each in await events(store)] == [None, None]
