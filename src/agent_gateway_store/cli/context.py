@@ -157,7 +157,7 @@ def read_store(
     file = sqlite_file(chosen.database_url)
     is_new = file is not None and not file.exists()
 
-    async def say(store: GatewayStore) -> None:
+    async def name_database(store: GatewayStore) -> None:
         if not as_json:
             # An organisation may have nothing in a database that is the right one.
             is_empty = is_new or (options_of(ctx).org is None and await _is_empty(store))
@@ -165,15 +165,15 @@ def read_store(
 
     async def work(store: GatewayStore) -> T:
         if is_endless:
-            await say(store)
+            await name_database(store)
             return await call(store)
         try:
             found = await call(store)
         except GatewayStoreError as exc:
             if explain(exc)[1] is ExitCode.NOT_FOUND:
-                await say(store)
+                await name_database(store)
             raise
-        await say(store)
+        await name_database(store)
         return found
 
     return in_store(ctx, work, settings=chosen)

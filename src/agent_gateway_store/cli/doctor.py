@@ -296,7 +296,8 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         try:
             redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
             await redis.drop_cluster()
-            await redis.get(key := "approval:doctor")
+            key = "approval:doctor"
+            await redis.get(key)
             await redis.publish(CHANNEL, "doctor")
             is_stored = await redis.put_newer([CacheEntry(key, '{"version": 1}', 1, 1)])
             if is_stored:

@@ -89,10 +89,10 @@ class Hasher:
 def _is_hash_of(secret: bytes, hashed: str) -> bool:
     try:
         # As in "$2b$10$...".
-        if int(hashed.split("$")[2]) > MAX_BCRYPT_ROUNDS:
+        if (cost := int(hashed.split("$")[2])) > MAX_BCRYPT_ROUNDS:
             _logger.error(
                 "An API key has a hash of bcrypt's cost %s, above %s, and is refused: issue another key.",
-                hashed[4:6],
+                cost,
                 MAX_BCRYPT_ROUNDS,
             )
             return False

@@ -256,6 +256,7 @@ class KeyManager:
             # The key id that was read: if the key was revoked and issued again since, this one is not that.
             .where(is_own, _keys.c.is_active, _keys.c.key_id == current.key_id)
             .values(
+                # Not None: a `Statement` takes that for a parameter which its caller gives.
                 previous_key_hash=_keys.c.key_hash if overlap else null(),
                 previous_key_expires_at=db_now(plus=overlap) if overlap else null(),
                 key_hash=new_hash,

@@ -244,8 +244,7 @@ class Pruner:
             has_more = rows < block.num_rows
             tables.append(block.slice(0, max(rows, not tables)))
 
-        options: Any = {"block_bytes": _BLOCK_BYTES, "parallel": False}
-        await arrow_blocks(self._database, statement, {}, _COLUMNS, take, **options)
+        await arrow_blocks(self._database, statement, {}, _COLUMNS, take, block_bytes=_BLOCK_BYTES, parallel=False)
         if not tables:
             return None, 0
         events = arrow().concat_tables(tables)

@@ -50,8 +50,11 @@ async def arrow_blocks(
     arrow("Reading into Arrow")
     query = statement.compiled(database.engine.dialect)
     if database.dialect == "postgresql":
-        options: Any = {"block_bytes": block_bytes, "parallel": parallel}
-        await copied(database, query, values, lambda block: take(_from_csv(block, columns)), **options)
+
+        def take_block(block: bytes) -> None:
+            take(_from_csv(block, columns))
+
+        await copied(database, query, values, take_block, block_bytes=block_bytes, parallel=parallel)
         return
 
     def take_rows(rows: Rows) -> None:

@@ -45,7 +45,7 @@ def create_database_file(path: Path) -> None:
 
 
 def is_empty(path: Path) -> bool:
-    """True if there is no file, or one of no bytes; False where we have no right to see it."""
+    """True if the file is missing or has no bytes; False if this process may not look at it."""
     try:
         return path.stat().st_size == 0
     except OSError as exc:
@@ -53,15 +53,15 @@ def is_empty(path: Path) -> bool:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """Return where SQLite keeps the file of this suffix (`-wal`, `-shm`) of a database, whatever link leads to it."""
+    """Return the path of the file that SQLite keeps beside a database, such as its `-wal`; links are followed."""
     real = Path(os.path.realpath(path))
     return real.with_name(real.name + suffix)
 
 
 def has_log_of_another(path: Path) -> bool:
-    """True if SQLite's log lies here without its file, which was moved away; SQLite deletes it when a new one is made.
+    """True if the `-wal` of a database is here and the database itself was moved away.
 
-    A database that is made now has its first page before its log.
+    SQLite would delete it when the next database is made. A new database has its first page before its `-wal`.
     """
     with suppress(OSError):
         return beside(path, "-wal").exists() and is_empty(path)
