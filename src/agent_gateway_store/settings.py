@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,6 +16,7 @@ from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
     EnvSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -113,6 +115,10 @@ class StoreSettings(EnvironmentSettings):
     only when asked for: `StoreSettings(_env_file=".env")`. Blanks and line ends around a value are left out. Neither a
     repr nor a dump shows a password.
 
+    Raises:
+        TypeError: An argument has the name of no setting. In the environment and in files such names are passed over.
+        ValidationError: A value does not fit.
+
     Attributes:
         database_url: Where the store lives: `sqlite:///file.db`, `postgresql://user:password@host/name`.
         database_read_url: A streaming replica of it, where search, statistics, lists, streams, exports and `verify`
@@ -204,7 +210,11 @@ class StoreSettings(EnvironmentSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read each name with the prefix first, then without it."""
+        """Read each name with the prefix first, then without it; an argument of another name is refused."""
+        given = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
+        for name in given.keys() - cls.model_fields.keys():
+            close = get_close_matches(name, cls.model_fields, n=1)
+            raise TypeError(f"There is no setting {name}{f': did you mean {close[0]}?' if close else '.'}")
         # pydantic-settings knows one prefix for each source, so each source is there twice.
         file = dotenv_settings.env_file if isinstance(dotenv_settings, DotEnvSettingsSource) else None
         return (

@@ -87,6 +87,9 @@ def test_a_plugin_that_cannot_register_costs_one_line(install: Install, body: st
         assert "a-bad" in line
     assert greeted.out == "hello\n"
     assert "rotate" in ours.out
+    if said.endswith("Error"):
+        for checked in (gateway_store("plugins", "check", "a-bad"), gateway_store("plugins", "list")):
+            assert said in checked.out
     assert ours.err == ""
 
 

@@ -112,6 +112,10 @@ def test_a_narrow_terminal_keeps_ids_whole(capsys: pytest.CaptureFixture[str], m
     out, _ = _print(capsys, [row])
     assert "ann" in out
 
+    monkeypatch.setenv("COLUMNS", "1")
+    out, _ = _print(capsys, [row])
+    assert row["approval_id"] in "".join(out.split())
+
 
 def test_an_absurdly_long_id_is_broken_rather_than_cut(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from annotated_types import Ge, Le
 
 from agent_gateway_store import StoreSettings
 
@@ -69,3 +70,13 @@ def test_each_setting_has_a_comment(named: dict[str, str]) -> None:
     for name in named:
         index = next(i for i, line in enumerate(lines) if line.removeprefix("# ").startswith(f"{name}="))
         assert re.match(r"# [A-Z]", lines[index - 1]), name
+
+
+def test_ranges_in_comments_are_those_that_are_taken() -> None:
+    """A comment that states a range names the bounds of the setting below it."""
+    ranges = re.findall(r"\((\d+) to (\d+)\)\n([A-Z_]+)=", FILE.read_text())
+
+    assert ranges
+    for low, high, name in ranges:
+        bounds = StoreSettings.model_fields[name.lower()].metadata
+        assert {Ge(int(low)), Le(int(high))} <= {*bounds}

@@ -6,6 +6,7 @@ import logging
 import sys
 import tomllib
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -143,7 +144,11 @@ class TestInstalled:
 
         ours, theirs = [record for record in plugins.records if record.name == name]
         assert (ours.distribution, ours.state) == ("agent-gateway-store", "active")
-        assert (theirs.distribution, theirs.error) == (f"fake-aa-{name}", "another installed plugin has taken its name")
+        assert theirs.distribution == f"fake-aa-{name}"
+        taken = (
+            f"another installed plugin has taken its name, that of agent-gateway-store {version('agent-gateway-store')}"
+        )
+        assert theirs.error == taken
         assert record(plugins, "aaa").error == f"the name {name} is that of a bundled notifier"
         assert not any(type(notifier).__module__.startswith("fake_") for notifier in notifiers.values())
 

@@ -120,10 +120,12 @@ def test_a_dotenv_file_is_read_only_when_asked_for(monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_names_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment is shared."""
+    """The environment is shared; an argument is meant for the store."""
     monkeypatch.setenv(f"{PREFIX}NO_SUCH_SETTING", "x")
 
     assert not hasattr(StoreSettings(), "no_such_setting")
+    with pytest.raises(TypeError, match=r"no setting audit_moed: did you mean audit_mode\?"):
+        StoreSettings(audit_moed="strict")  # type: ignore[call-arg]
 
 
 PASSWORD = "s3cr3t-word"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Columns. Rich takes 80 for a file or a pipe, which breaks a row with two ids; 240 holds our widest table.
 _PIPE_WIDTH = 240
+# Columns. Chosen: our longest words fit. What is narrower has no room for a value beside its name, and shows none.
+_LEAST_WIDTH = 20
 # Columns, more than any table has: to measure how wide a table would be if it had the room.
 _ANY_WIDTH = 100_000
 # Characters. A UUID has 36; anything longer is broken over lines rather than push the other columns out.
@@ -67,7 +69,7 @@ def console(*, at_most: int | None = None) -> Console:
 
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _PIPE_WIDTH
     found = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
-    found.width = min(found.width, at_most or found.width)
+    found.width = max(min(found.width, at_most or found.width), _LEAST_WIDTH)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -38,12 +38,15 @@ _CHECKED = {name: name for name in ("name", "settings", "notifiers", "ok", "prob
 
 
 def _load(settings: StoreSettings) -> tuple[Plugins, dict[str, SettingsState]]:
-    """Load the plugins and ask them for their notifiers, sinks and settings. Connects nothing."""
+    """Load the plugins and ask them for their notifiers, sinks, commands and settings. Connects nothing."""
     from agent_gateway_store.hooks.manager import Plugins
 
     plugins = Plugins()
     plugins.notifiers(settings)
     plugins.sinks(settings)
+    for plugin, made in _commands(plugins):
+        if isinstance(made, BaseException):
+            plugins.add_problem(plugin, f"{COMMANDS}: {describe(made)}")
     return plugins, plugins.settings(settings.plugin_timeout_seconds)
 
 
@@ -132,16 +135,9 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
         if record.state == "broken":
             complain(f"Plugin {record.name} is broken: {record.error}.")
     commands: dict[str, Any] = {}
-    for plugin, caller in plugins.callers(COMMANDS).items():
-        from agent_gateway_store.hooks.executor import run_in_thread
-
-        try:
-            made = run_in_thread(partial(_commands, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
-        except KeyboardInterrupt:
-            raise
-        # Also SystemExit, by which a plugin could otherwise end every command of ours.
-        except BaseException as exc:
-            complain(f"The commands of plugin {plugin} are left out: {describe(exc)}.")
+    for plugin, made in _commands(plugins):
+        if isinstance(made, BaseException):
+            complain(f"The commands of plugin {plugin} are left out: {describe(made)}.")
             continue
         if refused := sorted(name for name in made if name in taken or name in commands):
             complain(f"Plugin {plugin} has commands whose names are taken, which are left out: {', '.join(refused)}.")
@@ -149,7 +145,23 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
     return commands
 
 
-def _commands(caller: Callable[..., list[object]]) -> dict[str, Any]:
+def _commands(plugins: Plugins) -> Iterator[tuple[str, dict[str, Any] | BaseException]]:
+    """Yield for each plugin that has commands its name, and the commands by name or why there are none."""
+    for plugin, caller in plugins.callers(COMMANDS).items():
+        from agent_gateway_store.hooks.executor import run_in_thread
+
+        made: dict[str, Any] | BaseException
+        try:
+            made = run_in_thread(partial(_registered, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
+        except KeyboardInterrupt:
+            raise
+        # Also SystemExit, by which a plugin could otherwise end every command of ours.
+        except BaseException as exc:
+            made = exc
+        yield plugin, made
+
+
+def _registered(caller: Callable[..., list[object]]) -> dict[str, Any]:
     app = typer.Typer()
     for answer in caller(app=app):
         # Closed, since a coroutine that is dropped makes Python warn on standard error.

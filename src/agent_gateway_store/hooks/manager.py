@@ -70,6 +70,10 @@ class Plugins:
         """The present record of each plugin, in the order of loading."""
         return [plugin.record for plugin in self._plugins]
 
+    def add_problem(self, name: str, text: str) -> None:
+        """Record and log a problem of the plugin of this name."""
+        next(plugin for plugin in self._plugins if plugin.name == name).add_problem(text)
+
     def callers(self, hook: str) -> Mapping[str, Callable[..., list[object]]]:
         """Return by plugin name the function that calls that plugin's implementations of `hook`.
 
@@ -183,7 +187,8 @@ class Plugins:
         elif any(rival.origin is None for rival in rivals):
             plugin.blocked = "the store was given a plugin that takes its place"
         elif rivals:
-            plugin.add_problem("another installed plugin has taken its name")
+            taken_by = " ".join(rivals[0].origin or ())
+            plugin.add_problem(f"another installed plugin has taken its name, that of {taken_by}")
         elif self._load_bundled or plugin.name not in self._bundled:
             plugin.adopt(entry_point.load)
 
@@ -191,8 +196,8 @@ class Plugins:
 def _installed() -> list[tuple[metadata.EntryPoint, tuple[str, str]]]:
     """Return the entry points of our group, each with the name and version of its distribution, none of them loaded.
 
-    The bundled ones come first, each part sorted by name. Of a distribution that is found twice the first on `sys.path`
-    counts. One whose metadata cannot be read is left out.
+    The bundled ones come first, each part sorted by name and then by package. Of a distribution that is found twice
+    the first on `sys.path` counts. One whose metadata cannot be read is left out.
     """
     found: list[tuple[metadata.EntryPoint, tuple[str, str]]] = []
     seen: set[str] = set()
@@ -210,7 +215,7 @@ def _installed() -> list[tuple[metadata.EntryPoint, tuple[str, str]]]:
         if package == _UNKNOWN or package not in seen:
             seen.add(package)
             found.extend((entry_point, origin) for entry_point in entry_points)
-    return sorted(found, key=lambda pair: (pair[1][0] != DISTRIBUTION, pair[0].name))
+    return sorted(found, key=lambda pair: (pair[1][0] != DISTRIBUTION, pair[0].name, pair[1]))
 
 
 def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
