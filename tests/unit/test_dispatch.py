@@ -351,6 +351,41 @@ class TestIsolation:
         with dispatching(Doing("stopper", lambda: asyncio.get_running_loop().stop()), timeout=10) as dispatcher:
             assert all([(await dispatcher.deliver("stopper", make_notice())).ok for _ in range(3)])
 
+    async def test_plugin_that_breaks_its_loop(self) -> None:
+        """Its call fails, as for any plugin that fails, and the next one has a new thread."""
+
+        def break_loop() -> None:
+            asyncio.get_running_loop()._selector.select = None  # type: ignore[attr-defined]
+
+        breaker = Doing("breaker", break_loop)
+        with dispatching(breaker, timeout=10) as dispatcher:
+            broken = await dispatcher.deliver("breaker", make_notice())
+            breaker.action = lambda: None
+            again = await dispatcher.deliver("breaker", make_notice())
+
+        assert broken.error == "its event loop broke: TypeError: 'NoneType' object is not callable"
+        assert again.ok
+
+    async def test_loop_that_cannot_run(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Each call fails at once and is logged once: the thread ends, rather than try again without pause."""
+
+        class Broken(asyncio.SelectorEventLoop):
+            def run_forever(self) -> None:
+                raise RuntimeError("another loop is running")
+
+        monkeypatch.setattr(asyncio, "new_event_loop", Broken)
+        recorder = Recorder()
+        with dispatching(recorder, timeout=10) as dispatcher:
+            reports = [await dispatcher.deliver("recorder", make_notice()) for _ in range(3)]
+
+        assert [report.error for report in reports] == [
+            "its event loop broke: RuntimeError: another loop is running"
+        ] * 3
+        assert recorder.received == []
+        assert caplog.text.count("Plugin recorder: its event loop broke") <= 3
+
     async def test_method_that_is_not_async_after_all(self) -> None:
         """A decorated method that returns nothing to await is reported."""
 

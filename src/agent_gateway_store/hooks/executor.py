@@ -130,7 +130,7 @@ class PluginExecutor:
             await asyncio.wrap_future(run_in_thread(lambda: self.close(timeout_s), name="gateway-store close"))
 
     def _thread(self, key: _Key) -> PluginThread | PluginFailure:
-        if (thread := self._threads.get(key)) is not None:
+        if (thread := self._threads.get(key)) is not None and not thread.has_ended:
             return thread
         self._abandoned = [(other, thread) for other, thread in self._abandoned if thread.is_alive]
         if (stuck := [other for other, _thread in self._abandoned].count(key)) >= MAX_ABANDONED:
@@ -176,6 +176,8 @@ class PluginThread:
         self._ended: list[tuple[_Call[Any], object]] = []
         self._is_woken = False
         self._is_retired = self._is_stopped = self._is_ending = False
+        # Once the thread has ended: the result of the calls that it did not end.
+        self._end_result: PluginFailure | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"gateway-store {name}", daemon=True)
         try:
@@ -188,6 +190,11 @@ class PluginThread:
     def is_alive(self) -> bool:
         """False once the thread has ended."""
         return self._thread.is_alive()
+
+    @property
+    def has_ended(self) -> bool:
+        """True once it runs no more calls, by itself if its event loop broke."""
+        return self._end_result is not None
 
     def submit(self, function: Callable[[], Awaitable[T]]) -> _Call[T]:
         """Begin a call as soon as the thread is free."""
@@ -224,7 +231,9 @@ class PluginThread:
             self._loop.call_soon_threadsafe(callback)
 
     def _wake(self) -> None:
-        if self._submitted and not self._is_woken:
+        if self._end_result is not None:
+            self._end_all(self._end_result)
+        elif self._submitted and not self._is_woken:
             self._is_woken = True
             self._soon(self._begin_all)
 
@@ -247,13 +256,10 @@ class PluginThread:
 
     def _report(self) -> None:
         ended, self._ended = self._ended, []
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call[Any], object]]] = {}
-        for call, result in ended:
-            by_loop.setdefault(call.result.get_loop(), []).append((call, result))
-        for loop, results in by_loop.items():
-            # RuntimeError: the caller's loop is closed, so nobody waits any more.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_set_results, results)
+        _hand_back(ended)
+
+    def _end_all(self, result: PluginFailure) -> None:
+        _hand_back([(call, result) for call in tuple(self._calls)])
 
     def _stop_if_done(self) -> None:
         if self._is_done and not self._is_ending:
@@ -267,18 +273,28 @@ class PluginThread:
         asyncio.set_event_loop(self._loop)
         self._loop.set_default_executor(_DaemonExecutor(self._thread.name))
         self._loop.set_exception_handler(self._log_stray)
+        result = _CLOSED
         while not self._is_done:
             # A SystemExit in a callback, or a plugin that calls `loop.stop()`, ends `run_forever` but not the thread.
             try:
                 self._loop.run_forever()
-            except BaseException as exc:
+            except (KeyboardInterrupt, SystemExit) as exc:
                 logger.warning("Plugin %s: stray error in its event loop: %s", escape(self._name), describe(exc))
+            except BaseException as exc:
+                # No callback lets another error through, so the loop itself is broken: it would raise at once again.
+                result = PluginFailure(f"its event loop broke: {describe(exc)}")
+                logger.warning("Plugin %s: %s", escape(self._name), result.text)
+                break
         self._is_ending = True
         with contextlib.suppress(BaseException):
-            self._loop.run_until_complete(_end_tasks())
-        self._loop.close()
-        self._ended += [(call, _CLOSED) for call in self._calls]
+            if result is _CLOSED:
+                self._loop.run_until_complete(_end_tasks())
+        with contextlib.suppress(BaseException):
+            self._loop.close()
         self._report()
+        # In this order, so that a call which is submitted meanwhile is ended here or by `_wake`.
+        self._end_result = result
+        self._end_all(result)
 
     def _log_stray(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -342,6 +358,16 @@ def run_in_thread(function: Callable[[], T], *, name: str) -> Future[T]:
 async def awaited(results: list[object]) -> list[object]:
     """Return what the implementations of one plugin returned, coroutines awaited one after the other."""
     return [await result if inspect.isawaitable(result) else result for result in results]
+
+
+def _hand_back(ended: list[tuple[_Call[Any], object]]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call[Any], object]]] = {}
+    for call, result in ended:
+        by_loop.setdefault(call.result.get_loop(), []).append((call, result))
+    for loop, results in by_loop.items():
+        # RuntimeError: the caller's loop is closed, so nobody waits any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_set_results, results)
 
 
 def _set_results(results: list[tuple[_Call[Any], object]]) -> None:
