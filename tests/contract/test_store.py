@@ -36,6 +36,7 @@ USES: list[Use] = [
     lambda store: store.approvals.expire_stale(),
     lambda store: store.keys.issue("dev-agent", role="r"),
     lambda store: store.keys.list(),
+    lambda store: store.keys.verify("malformed"),
     lambda store: store.for_org("acme").keys.list(),
 ]
 

@@ -177,11 +177,12 @@ class KeyManager:
             StoreUnavailableError: The database is away, too many checks wait, or too many keys of the same id were
                 wrong. The key itself may be valid.
         """
+        cache = self._cache
+        cache.check_owner()
         plaintext = key.get_secret_value() if isinstance(key, SecretStr) else key
         key_id = parse_key_id(plaintext)
         if key_id is None:
             raise InvalidApiKeyError
-        cache = self._cache
         fingerprint = cache.fingerprint(plaintext)
         answer = cache.find(self._org_id, key_id, fingerprint)
         if answer is None:
