@@ -363,12 +363,40 @@ class BatchQueue(Generic[I, R]):
         progress.set()
 
 
+# What tells, in each library that replaces parts of Python by its own, whether it has replaced one.
+_PATCHERS = {"gevent": ("gevent.monkey", "is_module_patched"), "eventlet": ("eventlet.patcher", "is_monkey_patched")}
+# The two libraries' names of what event loops, drivers and plugins run on.
+_NATIVE = ("threading", "thread", "queue", "socket", "select")
+
+
+def require_native_threads() -> None:
+    """Raise StoreNotOpenError where gevent or eventlet runs as one thread what a store needs as several."""
+    for library, (module, function) in _PATCHERS.items():
+        is_patched = getattr(sys.modules.get(module), function, None)
+        if is_patched is not None and any(map(is_patched, _NATIVE)):
+            raise StoreNotOpenError(
+                f"{library} has patched the threads, queues or sockets of this process, with which a store would hang: "
+                "open it in a process that is not patched, such as a worker with native threads."
+            )
+
+
 Owner: TypeAlias = tuple[int, asyncio.AbstractEventLoop]
 
 
 def owner_here() -> Owner:
-    """Return this process and event loop."""
-    return os.getpid(), asyncio.get_running_loop()
+    """Return this process and event loop; raise as `loop_here` does."""
+    return os.getpid(), loop_here()
+
+
+def loop_here() -> asyncio.AbstractEventLoop:
+    """Return the event loop; raise StoreNotOpenError where none of asyncio runs."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise StoreNotOpenError(
+            "No event loop of asyncio runs here, and a store needs one: use `asyncio.run`, or anyio with its backend "
+            "asyncio, or SyncGatewayStore."
+        ) from None
 
 
 def require_owner(owner: Owner | None) -> None:
@@ -378,7 +406,7 @@ def require_owner(owner: Owner | None) -> None:
     pid, loop = owner
     if pid != os.getpid():
         raise StoreNotOpenError("The store was opened in another process: open one in each process, after forking.")
-    if loop is not asyncio.get_running_loop():
+    if loop is not loop_here():
         raise StoreNotOpenError("The store was opened in another event loop: open one in each loop.")
 
 

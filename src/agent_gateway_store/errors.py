@@ -299,7 +299,7 @@ class SchemaOutOfDateError(GatewayStoreError):
 
 
 class StoreNotOpenError(GatewayStoreError):
-    """The store is closed, was never opened, or was opened in another process or event loop."""
+    """The store is closed, was never opened, was opened in another process or event loop, or cannot be opened here."""
 
 
 class SessionInUseError(GatewayStoreError, RuntimeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +14,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store import telemetry
-from agent_gateway_store._concurrency import BackgroundTasks, Claim, SingleFlight
+from agent_gateway_store._concurrency import BackgroundTasks, Claim, SingleFlight, loop_here, require_native_threads
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.queries import ApprovalRef
@@ -206,7 +205,7 @@ class GatewayStore:
         """Connect and check the schema. A second call does nothing.
 
         Raises:
-            StoreNotOpenError: The store is open in another process or event loop.
+            StoreNotOpenError: It is open elsewhere, or no asyncio runs here, or gevent or eventlet has patched Python.
             StoreUnavailableError: The database cannot be reached; the text says what to check.
             InvalidUrlError: DATABASE_READ_URL leads to another database.
             SchemaOutOfDateError: The schema is not the one this package works on; the text names the command to run.
@@ -339,8 +338,9 @@ class _Core:
 
     async def open(self) -> None:
         if not self._is_open_here():
+            require_native_threads()
             # Tasks that open it at once share the work, which ends with the last of them that is cancelled.
-            await self._opening.run(asyncio.get_running_loop(), self._open_claimed)
+            await self._opening.run(loop_here(), self._open_claimed)
 
     async def _open_claimed(self) -> None:
         with self._claim:
@@ -389,6 +389,7 @@ class _Core:
         if self._is_open_here():
             await migrate.upgrade(self.database.engine)
             return
+        require_native_threads()
         with self._claim:
             try:
                 await migrate.upgrade(self.database.engine)

@@ -18,6 +18,7 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from agent_gateway_store._concurrency import require_native_threads
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditManager
 from agent_gateway_store.delivery import NotificationManager
@@ -75,16 +76,25 @@ class Portal:
         """Start the thread; False if it runs already."""
         if self.is_running:
             return False
+        require_native_threads()
         ready: Future[asyncio.AbstractEventLoop] = Future()
-        self._thread = threading.Thread(
-            target=asyncio.run, args=(self._serve(ready),), name="gateway-store sync", daemon=True
-        )
+        self._thread = threading.Thread(target=self._serve, args=(ready,), name="gateway-store sync", daemon=True)
         self._thread.start()
         self._loop, self._pid = ready.result(), os.getpid()
         self.starts += 1
         return True
 
-    async def _serve(self, ready: Future[asyncio.AbstractEventLoop]) -> None:
+    def _serve(self, ready: Future[asyncio.AbstractEventLoop]) -> None:
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(self._until_end(ready))
+        except BaseException as exc:
+            # No loop could be made, for which `start` waits.
+            if ready.done():
+                raise
+            ready.set_exception(exc)
+
+    async def _until_end(self, ready: Future[asyncio.AbstractEventLoop]) -> None:
         self._end = asyncio.Event()
         ready.set_result(asyncio.get_running_loop())
         await self._end.wait()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import agent_gateway_store.store as store_module
 import servers
-from agent_gateway_store import GatewayStore, errors
+from agent_gateway_store import GatewayStore, SyncGatewayStore, errors
+from agent_gateway_store.storage.database import get_db
 from builders import make_event
 
 
@@ -134,3 +137,50 @@ async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: C
     await asyncio.to_thread(servers.run, store.migrate())
 
     assert await asyncio.to_thread(servers.run, work()) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "part"),
+    [
+        ("gevent.monkey", "is_module_patched", "threading"),
+        ("gevent.monkey", "is_module_patched", "queue"),
+        ("gevent.monkey", "is_module_patched", "socket"),
+        ("eventlet.patcher", "is_monkey_patched", "thread"),
+    ],
+)
+async def test_a_process_whose_threads_are_patched_is_refused(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, module: str, function: str, part: str
+) -> None:
+    """However a store is opened; where the library is imported and has patched nothing of that, it works."""
+    patched = {part}
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function: patched.__contains__}))
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    blocking, store = SyncGatewayStore(), GatewayStore()
+
+    async def from_sync(act: Callable[[], object]) -> None:
+        await asyncio.to_thread(act)
+
+    opening = (store.open, store.migrate, lambda: from_sync(blocking.open), lambda: from_sync(blocking.migrate))
+    for act in (*opening, lambda: anext(get_db())):
+        with pytest.raises(
+            errors.StoreNotOpenError, match=f"{module.split('.')[0]} has patched .*: open it in a process"
+        ):
+            await act()
+    patched.clear()
+    async with store:
+        await from_sync(lambda: blocking.open().close())
+
+
+async def test_where_no_asyncio_runs_a_store_says_so(store: GatewayStore) -> None:
+    """As under trio, a store that is open, and one that is not."""
+    closed, refused = GatewayStore("sqlite://"), list[str]()
+
+    def elsewhere() -> None:
+        for act in (closed.open, closed.migrate, store.open, store.keys.list, lambda: anext(get_db())):
+            with pytest.raises(errors.StoreNotOpenError, match="No event loop of asyncio runs here") as caught:
+                act().__await__().send(None)
+            refused.append(str(caught.value))
+
+    await asyncio.to_thread(elsewhere)
+
+    assert len(refused) == 5

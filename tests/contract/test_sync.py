@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import threading
 import time
@@ -108,6 +109,25 @@ def test_failed_opening_leaves_no_thread(tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir()
         with store:
             assert store.keys.list() == []
+
+
+def test_no_free_file_for_the_loop_is_told() -> None:
+    """Opening raises what the system said, and works once there is one."""
+
+    def use() -> None:
+        portal, limits = Portal(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            portal.start()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert portal.start()
+        portal.stop()
+
+    child = forked(use)
+    child.join(30)
+    child.kill()
+
+    assert child.exitcode == 0
 
 
 def test_errors_come_through_unchanged(store: SyncGatewayStore) -> None:

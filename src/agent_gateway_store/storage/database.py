@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.pool import Pool, QueuePool
 
 from agent_gateway_store import telemetry
-from agent_gateway_store._concurrency import Owner, owner_here, require_owner
+from agent_gateway_store._concurrency import Owner, loop_here, owner_here, require_native_threads, require_owner
 from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool, RawConnection, close_all, idle_connections
@@ -416,10 +416,12 @@ async def get_db() -> AsyncIterator[AsyncSession]:
             is used, also by other engines, passes unchanged.
         SchemaOutOfDateError: A table or column is missing.
         SessionInUseError: Several tasks used the session at once.
+        StoreNotOpenError: No event loop of asyncio runs here, or gevent or eventlet has patched this process.
     """
-    loop, url = asyncio.get_running_loop(), StoreSettings().database_url
+    loop, url = loop_here(), StoreSettings().database_url
     database = _environment.get(loop)
     if database is None or not database.is_owner or database.url != url:
+        require_native_threads()
         # Engines of closed loops, and of before a fork or a change of the URL, are closed here as nobody else does.
         past = [other for other in _environment if other is loop or other.is_closed()]
         retired = [_environment.pop(other) for other in past]
