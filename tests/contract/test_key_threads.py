@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import bcrypt
 import pytest
@@ -90,6 +92,31 @@ async def test_closing_ends_the_checks_that_wait(database_url: str, monkeypatch:
     async with GatewayStore(database_url) as store:
         tasks, release = await hold(store, monkeypatch, 8)
     release()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert {type(answer) for answer in answers} == {errors.StoreNotOpenError}
+
+
+async def test_closing_ends_a_key_that_is_made_by_a_task_that_was_cancelled_before(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancellation from which it went on is not this one."""
+    release = threading.Event()
+    monkeypatch.setattr(bcrypt, "hashpw", lambda *_: b"$2b$" if release.wait(10) else b"")
+
+    async def make(number: int) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await store.keys.issue(f"agent-{number}", role="r")
+
+    async with GatewayStore(database_url) as store:
+        # One more than there are threads.
+        tasks = [asyncio.create_task(make(number)) for number in range((os.cpu_count() or 2) + 1)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.sleep(0)
+    release.set()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
 
     assert {type(answer) for answer in answers} == {errors.StoreNotOpenError}

@@ -70,12 +70,13 @@ class Hasher:
             raise
         # The place is held until the thread has ended, also if the caller is cancelled before.
         future.add_done_callback(lambda _: self._room.release())
+        task = asyncio.current_task()
+        before = task.cancelling() if task is not None else 0
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            # `close` cancels the future, which looks like a cancellation of the caller, but its task is not cancelling.
-            task = asyncio.current_task()
-            if future.cancelled() and task is not None and not task.cancelling():
+            # `close` cancels the future, which looks like a cancellation of the caller, but nobody cancelled its task.
+            if future.cancelled() and task is not None and task.cancelling() == before:
                 raise StoreNotOpenError("The store was closed while a key was being checked.") from None
             raise
 
