@@ -82,10 +82,8 @@ def _marks(node: _Method) -> set[str]:
 
 def _method(node: _Method, module: ast.Module, imports: _Imports) -> Iterator[str]:
     _shorten_defaults(node.args)
-    if "asynccontextmanager" in _marks(node):
-        node.returns = ast.parse(ast.unparse(node.returns or ast.Constant(None)), mode="eval").body
-        assert isinstance(node.returns, ast.Subscript)
-        node.returns.value = ast.Name("AbstractContextManager")
+    if isinstance(node.returns, ast.Name) and node.returns.id == "RecordedCall":
+        node.returns = ast.parse("AbstractContextManager[AuditEvent]", mode="eval").body
         module.body.insert(0, ast.parse("from contextlib import AbstractContextManager").body[0])
     for part in (*ast.walk(node.args), *ast.walk(node.returns or ast.Constant(None))):
         if isinstance(part, ast.Name):

@@ -297,7 +297,7 @@ class _Core:
         self.vetoes = Vetoes(lambda: self.plugins, self.executor)
         self.before_write = BeforeWriteHooks(lambda: self.plugins, self.executor)
         self.after_write = AfterWriteHooks(lambda: self.plugins, self.executor)
-        self.writer = OpenWriter()
+        self.writer = OpenWriter(database.check_owner, strict=settings.audit_mode == "strict")
         self.outbox = StoreOutbox(database, settings)
         self.approvals = ApprovalBackend(
             database, self.redis, settings, self.outbox, self.vetoes, waiting, BackgroundTasks()
@@ -355,9 +355,9 @@ class _Core:
             notifiers = await dispatcher.open()
             notify = self.after_write.notify if self.after_write.is_wanted else None
             spool = Spool(self.settings.audit_spool_path, self.database.engine.url, identity)
-            strict = self.settings.audit_mode == "strict"
             on_standby = await is_standby(self.database.engine)
             backend = backend_for(self.database.engine)
+            strict = self.writer.is_strict
             writer = AuditWriter(backend, spool, strict=strict, notify=notify, on_standby=on_standby)
             if self.settings.otel_enabled:
                 telemetry.enable(self.figures)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,6 +21,7 @@ from typing import Any, Self, TypeVar
 from agent_gateway_store._concurrency import require_native_threads
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditManager
+from agent_gateway_store.audit.calls import RecordedCall
 from agent_gateway_store.delivery import NotificationManager
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.evidence.manager import EvidenceManager
@@ -146,6 +147,42 @@ class _Twin:
         self._twin, self._portal = twin, portal
 
 
+class _BlockingCall:
+    """A `RecordedCall` whose tool runs in the thread of the caller."""
+
+    def __init__(self, recorded: RecordedCall, portal: Portal) -> None:
+        self._recorded, self._portal = recorded, portal
+
+    def __call__(self, tool: F) -> F:
+        """Return `tool` as a function whose calls are recorded; TypeError if its calls only begin something."""
+        kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+        if any(is_kind(tool) for is_kind in kinds):
+            raise TypeError("The blocking store records calls of plain functions: take `GatewayStore` for async ones.")
+
+        @_like(tool)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _BlockingCall(self._recorded.anew(), self._portal):
+                return tool(*args, **kwargs)
+
+        return run
+
+    def __enter__(self) -> Any:
+        self._recorded.handled = sys.exc_info()[1]
+        return self._portal.call(self._recorded.__aenter__)
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            self._portal.call(self._recorded.__aexit__, *raised)
+        except StoreNotOpenError:
+            # Its thread has ended: from another one the event is logged as LOST.
+            other = Portal()
+            other.start()
+            try:
+                other.call(self._recorded.__aexit__, *raised)
+            finally:
+                other.stop()
+
+
 def _like(original: Callable[..., Any]) -> Callable[[F], F]:
     """Do as `functools.wraps`; the function keeps its own type."""
     return wraps(original)  # type: ignore[return-value]
@@ -173,23 +210,6 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
         return iterate
 
-    if inspect.isasyncgenfunction(inspect.unwrap(method)):  # @asynccontextmanager
-
-        @_like(method)
-        @contextmanager
-        def manage(self: Any, *args: Any, **kwargs: Any) -> Generator[Any]:
-            managed = getattr(self._twin, name)(*args, **kwargs)
-            entered = self._portal.call(managed.__aenter__)
-            try:
-                yield entered
-            except BaseException as exc:
-                if not self._portal.call(managed.__aexit__, type(exc), exc, exc.__traceback__):
-                    raise
-            else:
-                self._portal.call(managed.__aexit__, None, None, None)
-
-        return manage
-
     if inspect.iscoroutinefunction(method):
 
         @_like(method)
@@ -200,7 +220,8 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @_like(method)
     def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._twin, name)(*args, **kwargs)
+        made = getattr(self._twin, name)(*args, **kwargs)
+        return _BlockingCall(made, self._portal) if isinstance(made, RecordedCall) else made
 
     return plain
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
+import anyio
 import pytest
 from pydantic import ValidationError
 
@@ -137,6 +140,135 @@ async def test_a_cancelled_call_is_recorded(store: GatewayStore) -> None:
     assert (await only(store)).execution_status == "CANCELLED"
 
 
+async def fails() -> None:
+    raise Broken
+
+
+async def waits() -> None:
+    await asyncio.Event().wait()
+
+
+async def fails_in_a_group() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fails())
+        await waits()
+
+
+async def is_cancelled() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await waits()
+
+
+async def is_late() -> None:
+    raise TimeoutError
+
+
+async def stumbles_when_cancelled() -> None:
+    try:
+        await is_cancelled()
+    except asyncio.CancelledError:
+        raise Broken from None
+
+
+async def after(before: Callable[[], Awaitable[None]], call: Callable[[], Awaitable[None]]) -> None:
+    with suppress(BaseException):
+        await before()
+    await call()
+
+
+async def while_handling(before: Callable[[], Awaitable[None]], call: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await before()
+    except BaseException:
+        await call()
+
+
+async def in_an_ended_scope(_before: Callable[[], Awaitable[None]], call: Callable[[], Awaitable[None]]) -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await call()
+
+
+@cases(
+    ("around", "before", "tool", "status"),
+    [
+        *(
+            (around, before, tool, status)
+            for around in (after, while_handling)
+            for before in (is_cancelled, fails_in_a_group, is_late)
+            for tool, status in (
+                (fails, "TOOL_ERROR"),
+                (fails_in_a_group, "TOOL_ERROR"),
+                (is_late, "TIMEOUT"),
+                (is_cancelled, "CANCELLED"),
+                (stumbles_when_cancelled, "CANCELLED"),
+            )
+        ),
+        (in_an_ended_scope, waits, fails, "TOOL_ERROR"),
+    ],
+)
+async def test_what_happens_around_a_call_is_not_how_it_ends(
+    store: GatewayStore, around: Any, before: Any, tool: Any, status: str
+) -> None:
+    """What was cancelled, or went wrong, before a cleanup or a second attempt: its own end is recorded."""
+
+    async def call() -> None:
+        async with store.audit.call(CALL, CALLER, decision="ALLOW"):
+            await tool()
+
+    await asyncio.wait([asyncio.create_task(around(before, call))])
+    await store.audit.flush()
+    (stored,) = await store.audit.list_recent(1)
+    assert stored.execution_status == status
+
+
+@cases("mode", ["spool", "strict"])
+async def test_a_call_that_outlives_its_store_is_lost_in_the_log(
+    database_url: str, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """Its result stands, as the tool has run; in the strict mode nothing unrecorded goes through."""
+    options: dict[str, Any] = {"redis_url": "", "settings": StoreSettings.model_validate({"audit_mode": mode})}
+
+    def refused() -> Any:
+        return pytest.raises(errors.AuditUnavailableError, match="closed") if mode == "strict" else nullcontext()
+
+    with refused():
+        async with GatewayStore(database_url, **options) as store, store.audit.call(CALL, CALLER, decision="ALLOW"):
+            await store.close()
+    with refused(), SyncGatewayStore(database_url, **options) as twin, twin.audit.call(CALL, CALLER, decision="ALLOW"):
+        twin.close()
+
+    logged = [each.getMessage() for each in caplog.records if each.name == "agent_gateway_store.audit.lost"]
+    lost = [json.loads(each.partition(": ")[2]) for each in logged]
+    held = [(each["tool_name"], each["sanitized_args"], each["execution_status"]) for each in lost]
+    assert held == [("delete_file", {"path": "[hidden]"}, "SUCCESS")] * (0 if mode == "strict" else 2)
+    caplog.clear()
+
+
+async def test_a_decorator_records_each_call(store: GatewayStore) -> None:
+    """Of a coroutine function; what is none is refused before it runs, and one call is not recorded twice."""
+    record = store.audit.call(CALL, CALLER, decision="ALLOW")
+
+    @record
+    async def tool(number: int) -> int:
+        return number
+
+    async def generator() -> AsyncIterator[int]:
+        yield 1
+
+    assert [await tool(1), await tool(2)] == [1, 2]
+    assert len(await store.audit.list_recent()) == 2
+    wrong: list[Any] = [generator, lambda: 1]
+    for each in wrong:
+        with pytest.raises(TypeError, match=f"make {each.__name__} an `async def`"):
+            record(each)
+    async with record:
+        with pytest.raises(RuntimeError, match="recorded before"):
+            await record.__aenter__()
+
+
 async def test_arguments_are_hashed_under_the_key_of_the_store(database_url: str) -> None:
     """HASH_KEY of this store's settings."""
     settings = StoreSettings(hash_key="a secret")  # type: ignore[arg-type]
@@ -212,7 +344,20 @@ def test_the_blocking_twin_records_a_call(database_url: str) -> None:
             event.risk_labels = ["seen"]
         with pytest.raises(Broken), store.audit.call(CALL, CALLER, decision="ALLOW"):
             raise Broken
-        statuses = [(each.execution_status, each.risk_labels) for each in store.audit.list_recent()]
+        try:
+            raise TimeoutError
+        except TimeoutError:
+            with pytest.raises(Broken), store.audit.call(CALL, CALLER, decision="ALLOW"):
+                raise Broken  # noqa: B904  as a fallback does
+        again, *others = store.audit.list_recent()
+        assert again.execution_status == "TOOL_ERROR"
+        statuses = [(each.execution_status, each.risk_labels) for each in others]
         assert statuses == [("TOOL_ERROR", []), ("SUCCESS", ["seen"]), (None, [])]
-        assert isinstance(store.audit.list_recent()[0].id, int)
+        assert isinstance(again.id, int)
         assert not store.audit.orphans(older_than=timedelta())
+
+        record = store.audit.call(CALL, CALLER, decision="ALLOW")
+        assert [record(abs)(-1), record(abs)(-2)] == [1, 2]
+        assert len(store.audit.list_recent()) == 6
+        with pytest.raises(TypeError, match="plain functions"):
+            record(fails)

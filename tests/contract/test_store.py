@@ -21,7 +21,7 @@ from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, e
 from agent_gateway_store.keys.format import new_key
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
-from builders import make_event, make_request
+from builders import CALL, CALLER, make_event, make_request
 
 Use = Callable[[GatewayStore], Awaitable[Any]]
 USES: list[Use] = [
@@ -31,6 +31,7 @@ USES: list[Use] = [
     lambda store: store.audit.write(make_event()),
     lambda store: store.audit.write_many([make_event()]),
     lambda store: store.audit.flush(),
+    lambda store: store.audit.call(CALL, CALLER, decision="ALLOW").__aenter__(),
     lambda store: store.approvals.issue_token(make_request()),
     lambda store: store.approvals.list_requests(),
     lambda store: store.approvals.expire_stale(),

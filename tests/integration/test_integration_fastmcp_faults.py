@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fastmcp_helpers import Bench
@@ -83,6 +84,29 @@ async def test_result_that_cannot_be_recorded_is_withheld(migrated_postgres_data
         refusal = await Bench(store).refusal(server, "read_secret")
 
     assert refusal == "The call could not be recorded, so its result is withheld: tell the operator."
+
+
+@pytest.mark.parametrize("mode", ["spool", "strict"])
+async def test_a_call_whose_tool_outlives_the_store_is_lost_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """Its result stands, but for the strict mode."""
+    settings = StoreSettings.model_validate({"audit_mode": mode})
+    async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", settings=settings) as store:
+        server = Bench(store).server()
+
+        @server.tool
+        async def read_last() -> str:
+            await store.close()
+            return "done"
+
+        if mode == "strict":
+            assert "its result is withheld" in await Bench(store).refusal(server, "read_last")
+        else:
+            assert (await Bench(store).call(server, "read_last")).data == "done"
+
+    lost = [each.getMessage() for each in caplog.records if each.name == "agent_gateway_store.audit.lost"]
+    assert ["read_last" in each for each in lost] == [True] * (mode == "spool")
 
 
 async def test_refusal_at_the_last_step_runs_nothing(migrated_postgres_database: Callable[[], str]) -> None:

@@ -130,6 +130,24 @@ async def test_call_made_by_a_tool_names_its_parent(bench: Bench, way: str) -> N
     assert (outer.parent_request_id, last.parent_request_id) == (None, None)
 
 
+async def test_second_attempt_of_a_tool_that_fails_is_no_timeout(bench: Bench) -> None:
+    """Though the tool makes it while it handles the timeout of the first one."""
+    server = bench.server()
+
+    @server.tool
+    async def read_somehow(ctx: Context) -> str:
+        try:
+            raise TimeoutError
+        except TimeoutError:
+            await ctx.fastmcp.call_tool("read_badly", {})
+        return "done"
+
+    await bench.refusal(server, "read_somehow")
+    inner, _ = await bench.store.audit.list_recent()
+
+    assert (inner.tool_name, inner.execution_status) == ("read_badly", "TOOL_ERROR")
+
+
 async def test_mounted_server_with_a_middleware_of_its_own_names_the_call_in_front(bench: Bench) -> None:
     """Each middleware leaves its event, and the second is known as a part of the first."""
     child = bench.server()

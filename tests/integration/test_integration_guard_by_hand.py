@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import Any
 
 import guard_helpers
 import pytest
 from guard_helpers import CALLER, judge
 
-from agent_gateway_store import GatewayStore, ToolCall
-from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError
+from agent_gateway_store import CallerIdentity, GatewayStore, ToolCall, errors
+from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict
 
 pytestmark = pytest.mark.integration
 
 store = guard_helpers.store
 
 CALL = ToolCall(server="s", tool="pay", arguments={"euro": 1})
+FREE = ToolCall(server="s", tool="free", arguments={})
 
 
 async def done() -> str:
@@ -51,3 +54,56 @@ async def test_fields_that_are_wrong_refuse_the_call_before_anybody_is_asked(
     (event,) = await store.audit.list_recent()
     assert (event.decision, event.matched_policy_rule, event.tool_name) == ("DENY", "gateway.failure", tool)
     assert not await store.approvals.list_requests()
+
+
+async def test_a_closed_store_runs_nothing_and_asks_no_policy(store: GatewayStore) -> None:
+    """Nothing could say that it ran."""
+
+    def policy(_caller: CallerIdentity, _call: ToolCall) -> Verdict:
+        pytest.fail("the policy was asked")
+
+    await store.close()
+    with pytest.raises(errors.StoreNotOpenError):
+        await CallGuard(store, policy).run(CALL, CALLER, done)
+
+
+async def test_a_released_call_runs_nothing_once_the_store_is_closed(store: GatewayStore) -> None:
+    """Between its release and its run."""
+    ran = list[str]()
+
+    async def run() -> None:
+        ran.append("ran")
+
+    released = await CallGuard(store, judge).release(FREE, CALLER)
+    await store.close()
+    with pytest.raises(errors.StoreNotOpenError):
+        await released.run(run)
+    assert not ran
+
+
+async def test_a_tool_that_cannot_be_awaited_is_refused_in_one_sentence(store: GatewayStore) -> None:
+    """A plain function has run by then, and a generator has not begun."""
+    tool: Any = lambda: 5  # noqa: E731
+    with pytest.raises(TypeError, match="returned int, which cannot be awaited: make <lambda> an `async def`"):
+        await CallGuard(store, judge).run(FREE, CALLER, tool)
+    assert [each.execution_status for each in await guard_helpers.events(store)] == ["TOOL_ERROR"]
+
+
+async def test_a_tool_that_fails_late_is_no_timeout_unless_it_was_cancelled(store: GatewayStore) -> None:
+    """In a task that went on after an earlier cancellation, too."""
+
+    async def fails() -> None:
+        raise ValueError
+
+    async def cancelled_before() -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        released = await CallGuard(store, judge).release(FREE, CALLER)
+        with suppress(ValueError):
+            await released.run(fails, deadline=0)
+
+    task = asyncio.create_task(cancelled_before())
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+    assert [each.execution_status for each in await guard_helpers.events(store)] == ["TOOL_ERROR"]

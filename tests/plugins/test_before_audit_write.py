@@ -14,7 +14,7 @@ import pytest
 from audit_helpers import SHORT_S, Editor, open_with
 
 from agent_gateway_store import AuditEvent, RedactionFlag, WriteOutcome
-from builders import make_event, rehash
+from builders import CALL, CALLER, make_event, rehash
 
 pytestmark = pytest.mark.unit
 
@@ -117,6 +117,21 @@ async def test_a_failing_plugin_withholds_what_it_might_have_redacted(
     assert (counters.stored, counters.withheld) == (1, 1)
     assert "Plugin broken failed before the write" in caplog.text
     assert SECRET not in file_text() + caplog.text
+
+
+async def test_a_call_that_outlives_its_store_is_logged_without_what_a_plugin_might_have_redacted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its plugins are closed by then."""
+    async with (
+        open_with(Editor("redacts", lambda _: None)) as store,
+        store.audit.call(CALL, CALLER, decision="ALLOW", sanitize=lambda _: {"x": SECRET}, llm_explanation=SECRET),
+    ):
+        await store.close()
+
+    assert "LOST audit event" in caplog.text
+    assert '"tool_name": "delete_file"' in caplog.text
+    assert SECRET not in caplog.text
 
 
 async def test_after_a_timeout_the_plugin_is_left_alone_for_as_long() -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
+import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
 from pydantic import ValidationError
 from sqlalchemy import bindparam, literal_column, select
 
+from agent_gateway_store._text import escape
 from agent_gateway_store.audit.outcomes import WriteOutcome
 from agent_gateway_store.audit.selects import select_events, table
 from agent_gateway_store.errors import AuditUnavailableError, GatewayStoreError
@@ -23,6 +27,9 @@ from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
 from agent_gateway_store.storage.filters import Shape
 from agent_gateway_store.storage.statements import Statement, literal_number
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 HIDDEN = "[hidden]"
 HashApproval = Callable[[UUID | str], Awaitable[str]]
@@ -93,78 +100,157 @@ def wrong_fields(call: ToolCall, caller: CallerIdentity, fields: Mapping[str, An
     return wrong
 
 
-@asynccontextmanager
-async def recorded(
-    event: AuditEvent,
-    write: Callable[[AuditEvent], Awaitable[WriteOutcome]],
-    *,
-    intent: bool,
-    hash_approval: HashApproval,
-) -> AsyncGenerator[AuditEvent]:
-    """Yield `event`, then write it once with its latency and its status, whatever was raised meanwhile.
+class RecordedCall:
+    """One tool call from its beginning to its event, which is written once; `AuditManager.call` makes it.
+
+    `async with` runs the call in its body. As a decorator it records each call of a coroutine function.
 
     Args:
-        event: As `draft_event` returns it.
+        draft: Returns the event, as `draft_event` does; raises where nothing could be written.
         write: Stores an event.
         intent: Whether to write an event of the intent before, which the outcome names as its parent.
         hash_approval: Returns the hash of an approval, which the event holds so that evidence proves both.
 
-    Raises:
-        AuditUnavailableError: The intent could not be stored; the call must not run.
+    Attributes:
+        handled: The error that the caller handles, where it calls from another thread.
     """
-    if event.approval_id is not None:
-        # Before the body, though the call waits for it: what the tool may change in the database is no more what was
-        # decided, and an intent holds it too.
-        # An approval of another store, or a database that is away: the event says less, and the call runs.
-        with suppress(GatewayStoreError):
-            event.extra = {"approval_sha256": await hash_approval(event.approval_id)} | event.extra
-    if intent:
-        first = event.model_copy(update={"request_id": uuid4().hex, "extra": event.extra | {"phase": INTENT}})
-        if await write(first) == WriteOutcome.LOST:
-            raise AuditUnavailableError("The intent of the call could not be stored, so the call was not run.")
-        event.parent_request_id, event.extra = first.request_id, event.extra | {"phase": OUTCOME}
-    # A None that the body sets stands, too.
-    event.model_fields_set.discard("execution_status")
-    started = time.perf_counter()
-    status = ExecutionStatus.SUCCESS
-    try:
-        yield event
-    except BaseException as exc:
-        status = status_of(exc)
-        raise
-    finally:
+
+    def __init__(
+        self,
+        draft: Callable[[], AuditEvent],
+        write: Callable[[AuditEvent], Awaitable[WriteOutcome]],
+        *,
+        intent: bool,
+        hash_approval: HashApproval,
+    ) -> None:
+        self._draft, self._write, self._intent, self._hash_approval = draft, write, intent, hash_approval
+        self._event: AuditEvent | None = None
+        self.handled: BaseException | None = None
+
+    def __call__(self, tool: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+        """Return `tool` as a function whose calls are recorded.
+
+        Raises:
+            TypeError: It is no coroutine function, so that calling it is not all of the call.
+        """
+        if not inspect.iscoroutinefunction(tool):
+            raise TypeError(f"Only calls of a coroutine function can be recorded: make {_name(tool)} an `async def`.")
+
+        @wraps(tool)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            async with self.anew():
+                return await tool(*args, **kwargs)
+
+        return run
+
+    def anew(self) -> RecordedCall:
+        """Return the same call, to be recorded once more."""
+        return RecordedCall(self._draft, self._write, intent=self._intent, hash_approval=self._hash_approval)
+
+    async def __aenter__(self) -> AuditEvent:
+        """Return the event of the call, which may run now.
+
+        Raises:
+            AuditUnavailableError: The intent could not be stored; the call must not run.
+            RuntimeError: It was entered before.
+        """
+        if self._event is not None:
+            raise RuntimeError("This call was recorded before: make another one by `audit.call`.")
+        self._event = event = self._draft()
+        if event.approval_id is not None:
+            # Before the body, though the call waits for it: what the tool may change in the database is no more what
+            # was decided, and an intent holds it too.
+            # An approval of another store, or a database that is away: the event says less, and the call runs.
+            with suppress(GatewayStoreError):
+                event.extra = {"approval_sha256": await self._hash_approval(event.approval_id)} | event.extra
+        if self._intent:
+            first = event.model_copy(update={"request_id": uuid4().hex, "extra": event.extra | {"phase": INTENT}})
+            if await self._write(first) == WriteOutcome.LOST:
+                raise AuditUnavailableError("The intent of the call could not be stored, so the call was not run.")
+            event.parent_request_id, event.extra = first.request_id, event.extra | {"phase": OUTCOME}
+        # A None that the body sets stands, too.
+        event.model_fields_set.discard("execution_status")
+        self._start, self._started_at = CallStart(self.handled), time.perf_counter()
+        return event
+
+    async def __aexit__(self, _type: object, exc: BaseException | None, _traceback: object) -> None:
+        """Write the event with its latency and its status, whatever was raised meanwhile."""
+        event, status = self._event, ExecutionStatus.SUCCESS if exc is None else self._start.status_of(exc)
+        assert event is not None  # noqa: S101
         # A call that the policy stopped has no status, even if its refusal was raised here.
         was_run = event.decision in _RUNS or event.approval_id is not None
         if was_run and event.execution_status is None and "execution_status" not in event.model_fields_set:
             event.execution_status = status
-        event.latency_ms = round((time.perf_counter() - started) * 1000)
+        event.latency_ms = round((time.perf_counter() - self._started_at) * 1000)
         # A caller that is cancelled once more does not cancel the write.
-        await write(event)
+        await self._write(event)
 
 
-def status_of(exc: BaseException) -> ExecutionStatus:
-    """Return how a call ended whose body raised `exc`."""
+class CallStart:
+    """What goes on around a call when its tool begins: cancellations and errors that are not the tool's own.
+
+    Args:
+        handled: The error that the caller handles; None: the one of this thread.
+    """
+
+    def __init__(self, handled: BaseException | None = None) -> None:
+        self._outer = list(_causes(handled or sys.exc_info()[1]))
+        self._cancellations, self._is_in_ended_scope = _cancellations()
+
+    def status_of(self, exc: BaseException) -> ExecutionStatus:
+        """Return how a call ended whose tool raised `exc`."""
+        own = list(_causes(exc, [each for each in self._outer if each is not exc]))
+        cancellations, is_in_ended_scope = _cancellations()
+        # A tool that is cancelled may raise an error of its own while it ends.
+        is_cancelled = is_in_ended_scope > self._is_in_ended_scope or cancellations > self._cancellations
+        if sys.version_info < (3, 13) and not is_in_ended_scope:
+            # A TaskGroup that fails leaves behind the cancellation by which it woke its own task.
+            is_cancelled &= not any(isinstance(each, BaseExceptionGroup) for each in own)
+        if is_cancelled or isinstance(exc, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
+            return ExecutionStatus.CANCELLED
+        # Frameworks raise an error of their own for a tool that takes too long, with the TimeoutError as its cause, or
+        # from None.
+        is_late = any(isinstance(each, TimeoutError) for each in own)
+        return ExecutionStatus.TIMEOUT if is_late else ExecutionStatus.TOOL_ERROR
+
+
+def _cancellations() -> tuple[int, bool]:
+    """Return how often the running task was cancelled, and whether its scope of anyio has ended."""
     task = asyncio.current_task()
-    # A tool that is cancelled may raise an error of its own while it ends.
-    is_cancelled = anyio.current_effective_deadline() == -math.inf or (task is not None and task.cancelling() > 0)
-    if is_cancelled or isinstance(exc, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
-        return ExecutionStatus.CANCELLED
-    # Frameworks raise an error of their own for a tool that takes too long, with the TimeoutError as its cause, or from
-    # None.
-    seen: set[int] = set()
-    causes: list[BaseException | None] = [exc]
-    while causes:
-        cause = causes.pop()
+    return task.cancelling() if task is not None else 0, anyio.current_effective_deadline() == -math.inf
+
+
+def _causes(exc: BaseException | None, outer: Iterable[BaseException] = ()) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, up to those in `outer`."""
+    seen, waiting = set(map(id, outer)), [exc]
+    while waiting:
+        cause = waiting.pop()
         # Python lets an error be a cause of itself, in a circle.
         if cause is None or id(cause) in seen:
             continue
-        if isinstance(cause, TimeoutError):
-            return ExecutionStatus.TIMEOUT
+        yield cause
         seen.add(id(cause))
-        causes.append(cause.__cause__ or cause.__context__)
+        waiting.append(cause.__cause__ or cause.__context__)
         if isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
-            causes.append(cause.exceptions[0])
-    return ExecutionStatus.TOOL_ERROR
+            waiting.append(cause.exceptions[0])
+
+
+async def run_tool(tool: Callable[[], Awaitable[T]]) -> T:
+    """Call `tool`, and return what its awaitable returns.
+
+    Raises:
+        TypeError: It returned none: a generator, which has not begun, or the value of a plain function, which has run.
+    """
+    made = tool()
+    if not inspect.isawaitable(made):
+        raise TypeError(
+            f"The tool returned {type(made).__name__}, which cannot be awaited: make {_name(tool)} an `async def`."
+        )
+    return await made
+
+
+def _name(tool: object) -> str:
+    return escape(getattr(tool, "__name__", type(tool).__name__))
 
 
 def orphans(shape: Shape, *, limit: int) -> Statement:

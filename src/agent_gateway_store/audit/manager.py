@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -15,15 +16,16 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store.audit.calls import HashApproval, argument_names, draft_event, recorded, shown_arguments
+from agent_gateway_store.audit.calls import HashApproval, RecordedCall, argument_names, draft_event, shown_arguments
 from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.hooks import AfterWriteHooks, BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, followed
 from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.writer import OpenWriter
-from agent_gateway_store.audit.writes import encode_aside, record_event, write_batches, write_event
+from agent_gateway_store.audit.writes import encode_aside, lose_event, record_event, write_batches, write_event
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
@@ -87,10 +89,9 @@ class AuditManager:
             StoreNotOpenError: The store is not open here.
             TypeError: `event` is not an AuditEvent.
         """
-        self._database.check_owner()
         # Taken before our own span, which differs from one attempt to the next: the same event stays the same.
         trace_id = current_trace_id()
-        return await write_event(self._writer.get(), self._before, event, self._org_id, trace_id)
+        return await write_event(self._writer.get_here(), self._before, event, self._org_id, trace_id)
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one by one; return the number of each outcome.
@@ -104,9 +105,8 @@ class AuditManager:
             StoreNotOpenError: The store is not open here.
             TypeError: One is not an AuditEvent.
         """
-        self._database.check_owner()
         trace_id = current_trace_id()
-        return await write_batches(self._writer.get(), self._before, events, self._org_id, trace_id=trace_id)
+        return await write_batches(self._writer.get_here(), self._before, events, self._org_id, trace_id=trace_id)
 
     async def import_file(
         self,
@@ -137,12 +137,10 @@ class AuditManager:
         from agent_gateway_store.audit.files import importing
 
         with importing(Path(path), format, on_refused=on_refused, progress=progress) as events:
-            self._database.check_owner()
             # Without a trace: what is imported is what was exported.
-            return await write_batches(self._writer.get(), self._before, events, self._org_id, trace_id=None)
+            return await write_batches(self._writer.get_here(), self._before, events, self._org_id, trace_id=None)
 
-    @asynccontextmanager
-    async def call(
+    def call(
         self,
         call: ToolCall,
         caller: CallerIdentity,
@@ -154,13 +152,13 @@ class AuditManager:
         sanitize: Callable[[ToolCall], Mapping[str, Any]] = argument_names,
         intent: bool = False,
         **fields: Any,
-    ) -> AsyncGenerator[AuditEvent]:
+    ) -> RecordedCall:
         """Record one tool call, which runs in the body: `async with store.audit.call(call, caller, ...) as event:`.
 
         On exit exactly one event is written, by `write`, with its latency and its status: SUCCESS; for what was raised
         TOOL_ERROR, TIMEOUT (TimeoutError) or CANCELLED; none where the decision lets nothing run (DENY, or
         APPROVAL_REQUIRED without `approval_id`). What was raised is raised on. What the body sets in `event` stands,
-        its `execution_status`, too: None where the call goes on elsewhere, so that its end is not known.
+        its `execution_status`, too: None where its end is not known. The event is LOST if the store closes meanwhile.
 
         A process that is killed in the body leaves no event, unless `intent` is True: then an event with
         `extra["phase"]` "intent" is acknowledged before the body runs, and the event of the outcome names it in
@@ -176,18 +174,17 @@ class AuditManager:
 
         Raises:
             AuditUnavailableError: The intent could not be stored, and the body did not run; or as for `write`.
-            ValidationError: A field is not valid.
+            StoreNotOpenError, ValidationError: The store is not open here; a field is not valid. The body did not run.
         """
         decided = {"decision": decision, "matched_policy_rule": rule, "deterministic_rationale": rationale}
-        event = draft_event(
-            call,
-            caller,
-            shown=shown_arguments(call, sanitize),
-            args_hash=self._hash_args(call.arguments),
-            fields={**decided, "approval_id": approval_id, **fields},
-        )
-        async with recorded(event, self.write, intent=intent, hash_approval=self._hash_approval):
-            yield event
+        given = {**decided, "approval_id": approval_id, **fields}
+
+        def draft() -> AuditEvent:
+            self._writer.get_here()
+            shown, args_hash = shown_arguments(call, sanitize), self._hash_args(call.arguments)
+            return draft_event(call, caller, shown=shown, args_hash=args_hash, fields=given)
+
+        return RecordedCall(draft, partial(write_ended, self), intent=intent, hash_approval=self._hash_approval)
 
     async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
         """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed.
@@ -196,8 +193,7 @@ class AuditManager:
             older_than: Only those from before so long ago, as in "10m": younger ones may run still.
             limit: At most so many, 1 to 100,000. Where there are fewer, every intent is looked at.
         """
-        before = utc_now() - duration("older_than", older_than)
-        return await self._queries.orphans(before, limit=check_limit(limit))
+        return await self._queries.orphans(utc_now() - duration("older_than", older_than), limit=check_limit(limit))
 
     async def record(self, event: AuditEvent, *, session: AsyncSession) -> WriteOutcome:
         """Store `event` in the transaction of `session`: it is committed or rolled back with the caller's work.
@@ -224,9 +220,9 @@ class AuditManager:
 
         Returns how many events still wait in the spool: 0 unless the database is away.
         """
-        self._database.check_owner()
+        writer = self._writer.get_here()
         await self._before.tasks.join()
-        return await self._writer.get().flush()
+        return await writer.flush()
 
     @property
     def counters(self) -> AuditCounters:
@@ -333,8 +329,7 @@ class AuditManager:
         """
         check_limit(limit)
         found = criteria(filters, org_id=self._org_id, listing="changes")
-        page, _ = await changes_page(self._database, found, "now" if cursor is None else cursor, limit)
-        return page
+        return (await changes_page(self._database, found, "now" if cursor is None else cursor, limit))[0]
 
     async def follow(
         self, *, start: str | None = "now", poll_s: float = 0.5, patience_s: float = 60.0, **filters: Unpack[Filters]
@@ -445,3 +440,11 @@ class AuditManager:
         source = Source(oldest(found.shape), found.values, columns_of(AuditEvent), "timestamp")
         options = ExportOptions(format, compression, partition_by, raw, overwrite, progress)
         return await export_rows(self._database.replica, source, path, options)
+
+
+async def write_ended(audit: AuditManager, event: AuditEvent) -> WriteOutcome:
+    """Write the event of a call that has run, as `AuditManager.write` does: LOST if the store was closed meanwhile."""
+    try:
+        return await audit.write(event)
+    except StoreNotOpenError as exc:
+        return lose_event(audit._writer, audit._before, event, audit._org_id, exc)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -12,8 +11,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from agent_gateway_store._text import describe
+from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.record import EncodedRow, to_values
 from agent_gateway_store.encoding.sanitize import Scrubber
+from agent_gateway_store.models.audit import AuditEvent
 
 _logger = logging.getLogger("agent_gateway_store.audit.lost")
 
@@ -56,8 +57,8 @@ class AuditCounters:
     queue_depth: int = 0
 
 
-def log_lost(row: EncodedRow | Mapping[str, Any] | None, cause: BaseException, *, request_id: str = "") -> None:
-    """Log an event as one line of JSON: its encoded row or its values, else its request id. Never raises.
+def log_lost(row: EncodedRow | AuditEvent | None, cause: BaseException, *, request_id: str = "") -> None:
+    """Log an event as one line of JSON: its encoded row or what it holds, else its request id. Never raises.
 
     What was wrong with an event that has no encoded row is logged before it.
     """
@@ -66,7 +67,8 @@ def log_lost(row: EncodedRow | Mapping[str, Any] | None, cause: BaseException, *
             values: Any = to_values(row)
         else:
             _logger.error("An audit event is not valid: %s", describe(cause))
-            values = Scrubber().json("event", row or {"request_id": request_id})
+            held = {"request_id": request_id} if row is None else {name: getattr(row, name) for name in COLUMNS}
+            values = Scrubber().json("event", held)
         text = json.dumps(values, default=_plain, ensure_ascii=True)
         _logger.critical("LOST audit event (%s): %s", type(cause).__name__, text)
     except Exception:

@@ -15,7 +15,6 @@ from typing import TypeAlias
 from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BatchQueue
 from agent_gateway_store.audit.backends import Backend, RowResult, store_batch
-from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
 from agent_gateway_store.audit.record import EncodedRow, from_values, size_of, to_values
 from agent_gateway_store.audit.spool import Spool
@@ -46,11 +45,16 @@ _logger = logging.getLogger("agent_gateway_store.audit")
 class OpenWriter:
     """Holds the writer of a store while the store is open.
 
+    Args:
+        check_owner: Raises outside the process and event loop that opened the store.
+        strict: What cannot be written raises.
+
     Attributes:
         has_recorded: True once an event was stored past the writer, in a transaction of the caller's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check_owner: Callable[[], None], *, strict: bool) -> None:
+        self._check_owner, self.is_strict = check_owner, strict
         self.writer: AuditWriter | None = None
         self.has_recorded = False
 
@@ -69,6 +73,15 @@ class OpenWriter:
         if self.writer is None:
             raise StoreNotOpenError("The store is not open: use `async with GatewayStore() as store:` or `open()`.")
         return self.writer
+
+    def get_here(self) -> AuditWriter:
+        """Return the writer, to write by.
+
+        Raises:
+            StoreNotOpenError: The store is not open in this process and event loop.
+        """
+        self._check_owner()
+        return self.get()
 
 
 class AuditWriter:
@@ -160,7 +173,7 @@ class AuditWriter:
             raise AuditUnavailableError(
                 "The event is not valid, so the call must not go through: see the cause for what is wrong."
             ) from cause
-        log_lost({name: getattr(event, name) for name in COLUMNS}, cause, request_id=str(event.request_id))
+        log_lost(event, cause, request_id=str(event.request_id))
         self._counts[WriteOutcome.LOST] += 1
         return WriteOutcome.LOST
 

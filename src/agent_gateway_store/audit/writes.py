@@ -14,7 +14,8 @@ from agent_gateway_store.audit.backends import insert_event
 from agent_gateway_store.audit.hooks import BeforeWriteHooks
 from agent_gateway_store.audit.outcomes import WriteOutcome, log_lost
 from agent_gateway_store.audit.record import EncodedRow, encode_event, encode_light
-from agent_gateway_store.audit.writer import AuditWriter
+from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
+from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import SessionTransactions
 from agent_gateway_store.storage.errors import translate_errors
@@ -37,6 +38,26 @@ async def encode_aside(event: AuditEvent, *, org_id: str | None = None, trace_id
             # Another task has edited the event's values meanwhile, which it cannot do here.
             row = encode_event(event, org_id=org_id, trace_id=trace_id)
     return row
+
+
+def lose_event(
+    writer: OpenWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None, cause: StoreNotOpenError
+) -> WriteOutcome:
+    """Log an event that found no open store as LOST, as it would have been stored.
+
+    Raises:
+        AuditUnavailableError: In the strict mode.
+    """
+    if writer.is_strict:
+        raise AuditUnavailableError(
+            "The store was closed before the call was recorded, so its result must not be used: open the store again."
+        ) from cause
+    try:
+        row = encode_event(event, org_id=org_id, trace_id=current_trace_id())
+        log_lost(hooks.withhold(row) if hooks.is_wanted else row, cause)
+    except ValidationError as exc:
+        log_lost(event, exc, request_id=str(event.request_id))
+    return WriteOutcome.LOST
 
 
 @traced("audit.write", lambda _writer, _hooks, event, *_: event.tool_name)

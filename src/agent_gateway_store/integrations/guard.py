@@ -19,7 +19,7 @@ from pydantic import Field
 from agent_gateway_store._text import escape, word
 from agent_gateway_store.approval import ApprovalManager, reports
 from agent_gateway_store.approval.filters import criteria
-from agent_gateway_store.audit.calls import argument_names, shown_arguments, status_of, wrong_fields
+from agent_gateway_store.audit.calls import CallStart, argument_names, run_tool, shown_arguments, wrong_fields
 from agent_gateway_store.encoding.canonical import types_in
 from agent_gateway_store.errors import ApprovalError, ApprovalNotFoundError, GatewayStoreError
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
@@ -180,16 +180,16 @@ class ReleasedCall:
         if self._was_run:
             raise CallRefusedError("This call ran before, so it was not run again: call it anew.")
         self._was_run = True
-        outcome, is_known = None, True
+        start, outcome, is_known = CallStart(), None, True
         try:
             async with self._asked.recording(self._verdict.decision, self._verdict.reason) as outcome:
                 try:
-                    result = await tool()
+                    result = await run_tool(tool)
                 except BaseException as exc:
                     is_late = asyncio.get_running_loop().time() >= deadline - _TICK_S
                     if isinstance(exc, open_ends):
                         outcome.execution_status, is_known = None, False
-                    elif is_late and status_of(exc) is ExecutionStatus.CANCELLED:
+                    elif is_late and start.status_of(exc) is ExecutionStatus.CANCELLED:
                         outcome.execution_status = ExecutionStatus.TIMEOUT
                     raise
                 if is_error is not None and is_error(result):
@@ -241,8 +241,7 @@ class CallGuard:
         sanitize: Sanitize = argument_names,
         approval_wait_s: float = 0.0,
     ) -> None:
-        self._store, self._policy, self._sanitize = store, policy, sanitize
-        self._approval_wait_s = approval_wait_s
+        self._store, self._policy, self._sanitize, self._approval_wait_s = store, policy, sanitize, approval_wait_s
 
     async def run(
         self,
@@ -330,7 +329,9 @@ class CallGuard:
         Raises:
             CallPendingError: A human is asked. Only the call that asked leaves an event.
             CallRefusedError: The policy or a human denied it, or the gateway cannot decide.
+            StoreNotOpenError: The store is not open here, so the policy was not asked.
         """
+        self._store.database.check_owner()
         if wrong := wrong_fields(call, caller, fields):
             _logger.error("No event can have these fields: %s. A call was refused.", ", ".join(wrong))
             raise await self.deny(call, caller, BROKEN, rule="gateway.failure")
@@ -442,9 +443,8 @@ async def finish(step: Awaitable[object]) -> None:
     # Shielded: a caller that goes away cancels this task, and the step with it.
     with anyio.move_on_after(_LAST_WRITE_S, shield=True):
         try:
-            await step
-        except ApprovalError:
             # It was decided meanwhile, or its deadline passed: nothing is left to do.
-            pass
+            with suppress(ApprovalError):
+                await step
         except GatewayStoreError as exc:
             _logger.warning("An approval could not be brought up to date: %s", exc)

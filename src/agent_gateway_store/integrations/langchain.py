@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from cachetools import LRUCache, TTLCache
 
+from agent_gateway_store.audit.calls import run_tool
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.errors import needs_extra
 from agent_gateway_store.integrations.guard import (
@@ -259,7 +260,7 @@ async def _answered(store: GatewayStore) -> ApprovalRequest | None:
 async def _without_interrupts(body: Callable[[], Awaitable[T]]) -> T:
     """Run what a human approved. It may not interrupt: its node would begin anew, with an approval that is used up."""
     try:
-        return await body()
+        return await run_tool(body)
     except GraphInterrupt:
         raise CallRefusedError(_INTERRUPTED) from None
 

@@ -13,7 +13,8 @@ from fastmcp.server.middleware import CallNext, MiddlewareContext
 from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 
-from agent_gateway_store.audit.calls import HIDDEN, argument_names, status_of
+from agent_gateway_store.audit.calls import HIDDEN, CallStart, argument_names
+from agent_gateway_store.audit.manager import write_ended
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.fastmcp.asking import (
     acquire,
@@ -262,6 +263,7 @@ class GatewayMiddleware(PinningMiddleware):
     ) -> ToolResult:
         assert record.caller is not None  # noqa: S101  `_judge` has set it
         org_id, approval_id, is_end_known = record.caller.org_id, record.approval_id, True
+        start = CallStart()
         record.was_run = True
         try:
             with pinned(resolved.hops, once=approval_id is not None) as pins, running(record.request_id, org_id):
@@ -278,7 +280,7 @@ class GatewayMiddleware(PinningMiddleware):
             elif isinstance(exc, NotFoundError | DisabledError) and not pins.has_begun:
                 record.refused("unknown_tool", "There is no such tool.")
             else:
-                record.execution_status = status_of(exc)
+                record.execution_status = start.status_of(exc)
             raise
         finally:
             if approval_id is not None and is_end_known:
@@ -291,7 +293,8 @@ class GatewayMiddleware(PinningMiddleware):
         org_id = record.caller.org_id if record.caller is not None else ""
         store = self._store.for_org(org_id) if org_id else self._store
         try:
-            await store.audit.write(record.event(store))
+            event = record.event(store)
+            await (write_ended(store.audit, event) if record.was_run else store.audit.write(event))
         except GatewayStoreError as exc:
             _logger.error("Request %s: %s: %s", record.request_id, type(exc).__name__, exc)
             raise ToolError(_WITHHELD if record.was_run else AWAY) from exc
