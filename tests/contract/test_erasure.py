@@ -250,6 +250,9 @@ async def test_deadlines_and_the_floor_are_those_of_the_database_clock(
     assert (await store.retention.prune("200d", by="ops", discard=True)).events == 0
     with pytest.raises(ValueError, match="AUDIT_RETENTION_FLOOR_DAYS"):
         await store.retention.prune(Ahead.now(UTC) - timedelta(days=200), by="ops", discard=True)
+    await store.retention.hold("case", reason="r", by="c", since="24h")
+    with pytest.raises(EventHeldError, match="case"):
+        await store.retention.erase("r-2", reason="r", by="dpo")
 
 
 async def test_an_organisation_erases_its_own(store: GatewayStore) -> None:

@@ -25,6 +25,7 @@ from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.retention import prune
 from builders import make_event
 from cases import cases
+from tampering import tamper
 
 store = store_sealed_by_hand
 
@@ -100,6 +101,7 @@ async def test_each_door_writes_an_event(store: GatewayStore, tmp_path: Path) ->
         ({"before": "400d", "archive": "a", "discard": True}, "discard=True"),
         ({"before": "30d", "discard": True}, "183 days"),
         ({"before": "400d", "discard": True, "by": " "}, "by must not be blank"),
+        ({"before": "400d", "archive": "a\udcff"}, "rename the folder"),
     ],
 )
 async def test_what_must_be_said_is_asked_for(store: GatewayStore, arguments: dict[str, Any], words: str) -> None:
@@ -132,6 +134,22 @@ async def test_held_events_stay_until_the_hold_is_released(store: GatewayStore, 
     with pytest.raises(HoldNotFoundError, match="no hold 'case'"):
         await store.retention.release_hold("case", by="counsel")
     assert (await store.evidence.verify(archive=tmp_path / "a")).archived == 11
+
+
+@pytest.mark.parametrize("given", ["a\0b", "a\ud800b", "x" * 3_000_000], ids=["nul", "surrogate", "long"])
+async def test_what_no_database_holds_is_replaced_in_names_and_reasons(store: GatewayStore, given: str) -> None:
+    """As in an event: a hold is found by what it was called, and covers the text that it names."""
+    await store.audit.write_many([make_event(timestamp=OLD, llm_explanation=given[:900]), make_event(timestamp=NEW)])
+    held = await store.retention.hold(given, reason=given, by=given, text=given[:900])
+
+    assert await store.retention.holds() == [held]
+    assert (await store.retention.prune(BEFORE, by=given, discard=True)).held == 1
+    assert await store.retention.release_hold(given, by=given) == held
+    assert (await store.retention.prune(BEFORE, by=given, discard=True)).events == 1
+    # As earlier versions stored a long name.
+    await store.retention.hold("case", reason="r", by="c")
+    await tamper(store.database.engine, f"UPDATE audit_holds SET name = '{'x' * 600}'")
+    assert (await store.retention.release_hold("x" * 600, by="c")).name == "x" * 600
 
 
 FILTERS = st.fixed_dictionaries(

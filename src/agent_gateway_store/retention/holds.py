@@ -29,20 +29,22 @@ from agent_gateway_store._text import code_text, is_blank
 from agent_gateway_store.audit.doors import HOLD, RELEASE, write_door
 from agent_gateway_store.audit.filters import criteria
 from agent_gateway_store.audit.selects import conditions
-from agent_gateway_store.clock import utc_now
+from agent_gateway_store.encoding.sanitize import Scrubber, storable_key
 from agent_gateway_store.errors import HoldNotFoundError, UnreadableRowError
 from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.columns import INVALID
 from agent_gateway_store.models.retention import AuditHold, AuditPrune, Hold
+from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import readable_rows
+from agent_gateway_store.storage.filters import instant, searched_text
 from agent_gateway_store.storage.statements import Statement
 
 _holds = AuditHold.__table__
 _prunes = AuditPrune.__table__
 
 
-def as_stored(filters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return checked filters as JSON that means the same whenever it is read.
+def as_stored(filters: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    """Return checked filters as JSON that means the same whenever it is read; periods count back from `now`.
 
     Raises:
         TypeError: There is no such filter, or its value has the wrong type.
@@ -53,9 +55,11 @@ def as_stored(filters: Mapping[str, Any]) -> dict[str, Any]:
     for name, given in filters.items():
         if given is None:
             continue
-        value = checked[f"p_{name}"]
-        # Text is stored as given: it is turned into a pattern each time.
-        stored[name] = given if name == "text" else value.isoformat() if isinstance(value, datetime) else value
+        if name in ("since", "until"):
+            stored[name] = instant(name, given, now=now).isoformat()
+        else:
+            # A text is turned into a pattern each time.
+            stored[name] = searched_text(name, given) if name == "text" else checked[f"p_{name}"]
     return stored
 
 
@@ -130,8 +134,11 @@ async def place(
     connection: AsyncConnection, name: str, filters: Mapping[str, Any], *, reason: str, by: str, environment: str
 ) -> Hold:
     """Place a hold and write the event that says so; ValueError if there is one of this name."""
-    hold = Hold(name=name, reason=reason, by=by, placed_at=utc_now(), filters=as_stored(filters))
-    values = {"name": name, "reason": reason, "placed_by": by, "placed_at": hold.placed_at, "filters": hold.filters}
+    name, by, reason = storable_key(name), storable_key(by), Scrubber().text("reason", reason)
+    # The database's, as of a prune: with this machine's clock ahead, events would be left out.
+    now = (await connection.execute(select(db_now()))).scalar_one()
+    hold = Hold(name=name, reason=reason, by=by, placed_at=now, filters=as_stored(filters, now))
+    values = {"name": name, "reason": reason, "placed_by": by, "placed_at": now, "filters": hold.filters}
     try:
         await connection.execute(insert(_holds).values(values))
     except IntegrityError as exc:
@@ -144,11 +151,13 @@ async def place(
 
 async def release(connection: AsyncConnection, name: str, *, by: str, environment: str) -> Hold:
     """Release a hold and write the event that says so; HoldNotFoundError if there is none of this name."""
-    found = next((each for each in await read_holds(connection, repairs=True) if each.name == name), None)
+    # As given: earlier versions stored it so.
+    names = (name, storable_key(name))
+    found = next((each for each in await read_holds(connection, repairs=True) if each.name in names), None)
     if found is None:
         raise HoldNotFoundError(name)
-    await connection.execute(delete(_holds).where(_holds.c.name == name))
-    facts = {"name": name, "filters": found.filters, "reason": found.reason}
+    await connection.execute(delete(_holds).where(_holds.c.name == found.name))
+    facts = {"name": found.name, "filters": found.filters, "reason": found.reason}
     await write_door(connection, RELEASE, facts, by=by, environment=environment, why="An operator released a hold.")
     return found
 

@@ -16,6 +16,7 @@ from sqlalchemy import select
 
 from agent_gateway_store.archive.manifest import archive_lock
 from agent_gateway_store.audit.filters import Filters
+from agent_gateway_store.encoding.plain import is_text
 from agent_gateway_store.errors import GatewayStoreError
 from agent_gateway_store.evidence.sealer import Sealer
 from agent_gateway_store.models.retention import Erased, FoundRecord, Hold, Pruned, PrunedApprovals
@@ -170,7 +171,7 @@ class RetentionManager:
             name: By which it is released.
             reason: Why, as the log will say.
             by: Who asks for it.
-            filters: As of `search`; none covers every event. A period such as "24h" counts from now, once.
+            filters: As of `search`; none covers every event. "24h" counts from now, once, by the database's clock.
 
         Raises:
             StoreUnavailableError: The database is away, or this role may not do it.
@@ -322,6 +323,8 @@ class RetentionManager:
         holds.require_named(by=by)
         if (archive is None) is not discard:
             raise ValueError("Give archive=FOLDER, or discard=True if they are to be gone for good.")
+        if not is_text(str(archive)):
+            raise ValueError("archive must have a name that UTF-8 can hold, as the log can: rename the folder.")
         instant("before", before)
         # The database's: with this machine's clock ahead, what is young would go.
         async with self._database.read() as connection:

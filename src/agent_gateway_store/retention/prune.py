@@ -32,6 +32,7 @@ from agent_gateway_store.archive.manifest import Manifest, Positions, runs_of
 from agent_gateway_store.audit.doors import PRUNE, is_door, write_door
 from agent_gateway_store.audit.selects import finite_timestamp, select_events, table
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import LogMismatchError, StoreUnavailableError
 from agent_gateway_store.evidence.sealer import Sealer, last_checkpoint
 from agent_gateway_store.models.columns import UtcDateTime
@@ -152,7 +153,7 @@ class Pruner:
         if self._manifest is not None:
             await open_own_archive(self._database, self._manifest)
         folder = None if self._manifest is None else str(self._manifest.folder.absolute())
-        values = {"pruned_by": self._by, "pruned_before": self._before, "archive": folder, "events": 0}
+        values = {"pruned_by": storable_key(self._by), "pruned_before": self._before, "archive": folder, "events": 0}
         async with self._database.write() as connection:
             started = insert(_prunes).values(started_at=utc_now(), **values).returning(_prunes.c.id)
             self._run_id = (await connection.execute(started)).scalar_one()
