@@ -29,6 +29,8 @@ from erasure_helpers import (
 from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, clock
 from agent_gateway_store.archive import Archive
 from agent_gateway_store.archive.files import rewrite_approvals
+from agent_gateway_store.audit.record import REUSED_LABEL
+from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError
 from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.retention import erase
@@ -159,16 +161,46 @@ async def test_what_arrives_later_under_the_id_is_kept_blanked(
 
 
 async def test_an_id_that_holds_a_hash_is_replaced(store: GatewayStore) -> None:
-    """As of an event that came second under a used id: its id would let the event be guessed."""
-    await store.audit.write(make_event(request_id="r-1"))
-    await store.audit.write(secret_event())
-    [second] = [e async for e in store.audit.stream(risk_label="REQUEST_ID_REUSED")]
-    erased = await store.retention.erase(second.request_id, reason="r", by="dpo")
-    assert erased.request_id == "r-1~erased-1"
-    left = await store.audit.get_by_request_id("r-1~erased-1")
-    assert left is not None
-    assert second.request_id not in await everything(store)
-    assert (await store.evidence.verify()).erased == 1
+    """As of an event that came second under a used id, however long: its id would let the event be guessed."""
+    for request_id in ("r-1", "y" * 460, "y" * 513):
+        await store.audit.write(make_event(request_id=request_id))
+        await store.audit.write(secret_event(request_id=request_id))
+        await store.audit.write(secret_event(request_id=request_id, risk_labels=[MARK, REUSED_LABEL]))
+    reused = [e.request_id async for e in store.audit.stream(risk_label=REUSED_LABEL)]
+    erased = [await store.retention.erase(each, reason="r", by="dpo") for each in reused]
+    after = await everything(store)
+    assert [each.request_id for each in erased] == [
+        f"{given[:-65]}~erased-{each.position}" for given, each in zip(reused, erased, strict=True)
+    ]
+    assert [each for each in reused if each in after] == []
+    assert await store.audit.get_by_request_id("r-1~erased-1") is not None
+    assert (await store.evidence.verify()).erased == 6
+
+
+@WITH_REDIS
+@pytest.mark.parametrize("archived", [False, True], ids=["table", "archive"])
+async def test_an_id_that_only_looks_as_if_it_held_a_hash_is_kept(
+    store: GatewayStore, tmp_path: Path, archived: bool
+) -> None:
+    """A long one, which is stored so, or as its caller chose it: approvals and late arrivals are found by it."""
+    folder = tmp_path / "a" if archived else None
+    given = {"y" * 513: [MARK], "job~" + "a" * 64: [MARK], "job~" + "b" * 64: [MARK, REUSED_LABEL]}
+    events = [secret_event(request_id=request_id, risk_labels=labels) for request_id, labels in given.items()]
+    for request_id in given:
+        await used_approval(store, request_id)
+    await store.audit.write_many([*events, make_event()])
+    if archived:
+        await store.retention.prune(BEFORE, by="ops", archive=folder)
+        clock.move(timedelta(days=200))
+        await store.retention.prune_approvals("190d", by="ops", archive=folder)
+    for event in events:
+        erased = await store.retention.erase(event.request_id, reason="r", by="dpo", archive=folder)
+        assert (erased.request_id[-65:], erased.approvals) == (storable_key(event.request_id)[-65:], 1)
+        await store.audit.write(event)
+    assert MARK not in await everything(store, folder)
+    await store.evidence.seal()
+    verified = await store.evidence.verify(archive=folder)
+    assert (verified.ok, verified.erased) == (True, 3)
 
 
 async def test_held_and_open_things_are_not_erased(store: GatewayStore, tmp_path: Path) -> None:

@@ -21,15 +21,7 @@ from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.backends import json_texts
 from agent_gateway_store.audit.doors import ERASE, is_door, names_door, write_door
-from agent_gateway_store.audit.erased import (
-    BLANK,
-    BLANK_APPROVAL,
-    BLANK_TEXTS,
-    blank_hash,
-    blank_id,
-    blank_row,
-    is_derived,
-)
+from agent_gateway_store.audit.erased import BLANK, BLANK_APPROVAL, BLANK_TEXTS, blank_hash, blank_row
 from agent_gateway_store.audit.selects import table
 from agent_gateway_store.encoding.sanitize import storable_key
 from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError, StoreUnavailableError
@@ -157,7 +149,7 @@ class Eraser:
             await still_locked()
         await self._forget_all(own)
         newest = max(targets, key=lambda each: each.position)
-        erased_id = blank_id(request_id, newest.position)
+        erased_id = blank_row(newest.values)["request_id"]
         if manifest is not None:
             # After the table: an id that holds a hash goes with it, by which a run after a kill finds what is left.
             blank = {
@@ -338,9 +330,7 @@ def _require_over(approvals: Iterable[Row[Any]]) -> None:
 
 def _of_request(targets: Sequence[_Target], request_id: str, org_id: str) -> ColumnElement[bool]:
     cited = [UUID(each.values["approval_id"]) for each in targets if each.values["approval_id"]]
-    own: ColumnElement[bool] = _approvals.c.approval_id.in_(cited)
-    if not is_derived(request_id):
-        own |= _approvals.c.request_id == request_id
+    own = or_(_approvals.c.approval_id.in_(cited), _approvals.c.request_id == request_id)
     return and_(_approvals.c.org_id == org_id, own)
 
 
