@@ -31,10 +31,11 @@ from agent_gateway_store.archive import Archive
 from agent_gateway_store.archive.files import rewrite_approvals
 from agent_gateway_store.audit.record import REUSED_LABEL
 from agent_gateway_store.encoding.sanitize import storable_key
-from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError
+from agent_gateway_store.errors import AuditEventNotFoundError, EventHeldError, StoreUnavailableError
 from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.retention import erase
 from builders import make_event, make_request
+from servers import RedisServer
 from tampering import tamper
 
 
@@ -333,10 +334,37 @@ async def test_an_entry_is_found_that_no_other_entry_leads_to(
             key if decodes else key.encode() for key in (f"approval:{token}" for token in tokens)
         )
 
+        # Of others, which are no text.
+        for key in ("approval:other", b"approval:\xff"):
+            await client.set(key, b"\xff")
+
         async with GatewayStore(database_url, redis=client, settings=StoreSettings(audit_seal_seconds=0)) as own:
             await own.retention.erase("r-1", reason="r", by="dpo")
 
         assert [await client.exists(f"approval:{token}") for token in tokens] == [0, 1]
+        assert await client.exists("approval:other", b"approval:\xff") == 2
+
+
+async def test_an_erasure_waits_for_redis_and_is_not_held_up_by_large_entries(store: GatewayStore) -> None:
+    """Nothing is said while it is away. It may hold more than it could send in time, or at all."""
+    token = await store.approvals.issue_token(make_request(request_id="r-1", tool_call=secret_call()))
+    await store.audit.write_many([secret_event(), make_event()])
+    url = store.database.engine.url.render_as_string(hide_password=False)
+    settings = StoreSettings(audit_seal_seconds=0, redis_timeout_seconds=5)
+    with RedisServer(options=["--client-output-buffer-limit", "normal 1mb 0 0"]) as server:
+        async with (
+            GatewayStore(url, redis_url=server.url, settings=settings) as other,
+            redis.asyncio.from_url(server.url) as client,
+        ):
+            await other.approvals.deny(token, "alice", MARK)
+            for number in range(8):
+                await client.set(f"approval:{number}", "x" * 2**20)
+            async with GatewayStore(url, redis_url="redis://127.0.0.1:1", settings=settings) as cut_off:
+                with pytest.raises(StoreUnavailableError, match="erase 'r-1' again"):
+                    await cut_off.retention.erase("r-1", reason="r", by="dpo")
+            assert [event async for event in store.audit.stream(tool_name="audit.erase")] == []
+            await other.retention.erase("r-1", reason="r", by="dpo")
+            assert sorted(await client.keys("approval*")) == sorted(f"approval:{n}".encode() for n in range(8))
 
 
 @WITH_REDIS

@@ -153,12 +153,10 @@ class ApprovalCache:
 
     async def forget(self, approval_ids: Collection[UUID]) -> bool:
         """Delete both entries of each approval; False if Redis does not answer, and they stay until their life ends."""
-        for approval_id in approval_ids:
-            await self._redis.delete(_id_key(approval_id))
         # An entry that was written after Redis had lost its keys has none that leads to it.
-        for key in await self._redis.find(_key("*"), list(map(str, approval_ids))):
-            await self._redis.delete(key)
-        return self._redis.is_available
+        return await self._redis.delete(*map(_id_key, approval_ids)) and await self._redis.delete_naming(
+            _key("*"), '"approval_id":"', list(map(str, approval_ids))
+        )
 
 
 def _is_cached(token: str) -> bool:

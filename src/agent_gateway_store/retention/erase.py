@@ -132,9 +132,9 @@ class Eraser:
         async with self._database.read() as connection:
             await self._require_unheld(connection, touched, await read_holds(connection))
         _require_over(asked)
+        # Before: nothing is said or blanked while Redis is away. After: somebody may have cached it in between.
+        await self._forget_all(touched.approvals, request_id)
         await self._announce(targets, reason=reason, by=by, approvals=len(approvals))
-        # Before: nothing is blanked while Redis is away. After: somebody may have read SQL in between, and cached it.
-        await self._forget_all(approvals)
         manifest, archived_approvals = self._manifest, 0
         own = set(touched.approvals)
         await still_locked()
@@ -147,9 +147,9 @@ class Eraser:
             # Those that could not be delivered outlive their approval.
             notices = await _blank_notices(connection, own)
             await still_locked()
-        await self._forget_all(own)
         newest = max(targets, key=lambda each: each.position)
-        erased_id = blank_row(newest.values)["request_id"]
+        erased_id, in_archive = blank_row(newest.values)["request_id"], any(each.archived for each in targets)
+        await self._forget_all(own, request_id if in_archive else erased_id)
         if manifest is not None:
             # After the table: an id that holds a hash goes with it, by which a run after a kill finds what is left.
             blank = {
@@ -167,14 +167,16 @@ class Eraser:
             request_id=erased_id,
             org_id=org_id,
             position=newest.position,
-            archived=any(each.archived for each in targets),
+            archived=in_archive,
             approvals=len(approvals) + archived_approvals,
             notices=notices,
         )
 
-    async def _forget_all(self, approvals: Collection[UUID]) -> None:
+    async def _forget_all(self, approvals: Collection[UUID], request_id: str) -> None:
         if not await self._forget(approvals):
-            raise StoreUnavailableError("Redis does not answer, and holds what is to be erased: try again.")
+            raise StoreUnavailableError(
+                f"Redis does not answer, and may hold what is to be erased: erase {code_text(request_id)} again."
+            )
 
     async def _empty_wal(self, erased_id: str) -> None:
         """Bring SQLite's write-ahead log, which holds what was erased, into the file, and empty it."""

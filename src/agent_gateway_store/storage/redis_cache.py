@@ -7,10 +7,12 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from redis.asyncio.sentinel import MasterNotFoundError
+from redis.client import NEVER_DECODE
 from redis.exceptions import (
     AskError,
     ClusterCrossSlotError,
@@ -29,7 +31,8 @@ T = TypeVar("T")
 
 _LOG_AGAIN_S = 60.0  # chosen: an outage of an hour is sixty lines
 _MAX_CONNECTIONS = 32  # one event loop keeps no more busy; further calls wait rather than open a thousand
-_SCAN_KEYS = 500  # chosen: Redis looks through them, and gives their values, in a few milliseconds
+_SCAN_KEYS = 500  # chosen: Redis looks through them in a few milliseconds
+_LARGEST_BYTES = 2**23  # twice what the largest approval takes as JSON, where a character is 12 bytes at most
 _MAX_BATCH_BYTES = 2**20  # chosen: Redis takes that within a few milliseconds, far from any timeout
 
 # What a member answers to a command for keys of others, of several, or in a cluster that has lost some.
@@ -61,6 +64,27 @@ for i, key in ipairs(KEYS) do
 end
 for i = 3 * #KEYS + 1, #ARGV, 2 do redis.call('PUBLISH', ARGV[i], ARGV[i + 1]) end
 return table.concat(stored)
+"""
+
+# Deletes each entry that names one of the values behind a mark: in Redis, as some take long to send. What is larger
+# than any entry is not ours. It answers with how many keys it has looked at: all, or until it had read enough bytes.
+_DELETE_NAMING = """
+local mark, left, most, wanted = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), {}
+for i = 4, #ARGV do wanted[ARGV[i]] = true end
+for i, key in ipairs(KEYS) do
+  local size = redis.pcall('STRLEN', key)
+  local value = (type(size) ~= 'number' or size <= most) and redis.pcall('GET', key)
+  if type(value) == 'string' then
+    local _, last = string.find(value, mark, 1, true)
+    while last do
+      if wanted[value:sub(last + 1, last + #ARGV[4])] then redis.call('DEL', key) break end
+      _, last = string.find(value, mark, last + 1, true)
+    end
+    left = left - #value
+    if left < 0 then return i end
+  end
+end
+return #KEYS
 """
 
 
@@ -137,6 +161,7 @@ class RedisCache:
             # The pool of a client from outside may be smaller.
             self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, client.connection_pool.max_connections))
             self._get, self._put_newer = client.register_script(_GET), client.register_script(_PUT_NEWER)
+            self._delete_naming = client.register_script(_DELETE_NAMING)
         self._puts: BatchQueue[_Put, bool] = BatchQueue(
             self._put_batch,
             max_items=_MAX_CONNECTIONS,
@@ -193,30 +218,33 @@ class RedisCache:
         """Wait for what was put by tasks that did not wait for it."""
         await self._puts.join()
 
-    async def delete(self, key: str | bytes) -> None:
-        """Delete `key`."""
-        await self._run(lambda client: client.delete(key))
+    async def delete(self, *keys: str) -> bool:
+        """Delete keys; False if Redis does not answer, and they may be there."""
+        return await self._run(lambda client: client.delete(*keys)) is not None
 
-    async def find(self, pattern: str, texts: Collection[str]) -> list[str | bytes]:
-        """Return the keys like `pattern` whose value holds one of `texts`. Reads them all: not for what is done often.
+    async def delete_naming(self, pattern: str, mark: str, values: Sequence[str]) -> bool:
+        """Delete the keys like `pattern` whose value holds `mark` and right behind it one of `values`, of one length.
 
-        A fault ends it, and `is_available` is False then.
+        Reads all of them: not for what is done often. False if Redis does not answer, and some may be there.
         """
-        found: list[str | bytes] = []
+
+        args = [mark, str(_MAX_BATCH_BYTES), str(_LARGEST_BYTES), *values]
         cursor, is_over = 0, False
 
-        async def read(client: RedisClient) -> tuple[int, list[Any], list[Any]]:
-            after, keys = await client.scan(cursor, match=pattern, count=_SCAN_KEYS)
-            return after, keys, await client.mget(keys) if keys else []
+        async def scan(client: RedisClient) -> tuple[int, list[bytes | str]]:
+            # As bytes: others may have keys like these that are no text.
+            return await client.scan(cursor, match=pattern, count=_SCAN_KEYS, **{NEVER_DECODE: ""})
 
-        while not is_over and (page := await self._run(read)) is not None:
-            cursor, keys, values = page
+        while not is_over:
+            if (page := await self._run(scan)) is None:
+                return False
+            cursor, keys = page
             is_over = cursor == 0
-            for key, value in zip(keys, values, strict=True):
-                text = value.decode(errors="replace") if isinstance(value, bytes) else value or ""
-                if any(each in text for each in texts):
-                    found.append(key)
-        return found
+            while keys:
+                if not (seen := await self._run(partial(self._delete_naming, keys, args))):
+                    return False
+                keys = keys[seen:]
+        return True
 
     async def publish(self, channel: str, message: str) -> bool:
         """Publish `message`; False if Redis does not answer, and it is lost."""
