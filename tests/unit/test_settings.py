@@ -148,6 +148,15 @@ PASSWORD = "s3cr3t-word"
         f"unix://user:{PASSWORD}@/run/redis.sock",
         f"user:{PASSWORD}@host/db",
         f"postgresql:/user:{PASSWORD}@host/db",
+        f"postgresql://host/db?bogus={PASSWORD}",
+        f"postgresql://host/db?sslmode={PASSWORD}&port={PASSWORD}",
+        f"postgresql://host/db?password=a&{PASSWORD}",
+        f"postgresql://host/db?user=u;password={PASSWORD}",
+        f"postgresql://host/db?password=a@{PASSWORD}",
+        f"postgresql://host:{PASSWORD}?x=y@host/db",
+        f"host:{PASSWORD}?x=http://y@host/db",
+        f"user:a?b@host/db?bogus={PASSWORD}",
+        f"redis://host:6379/0?bogus={PASSWORD}",
     ],
 )
 def test_no_password_shows(url: str) -> None:
@@ -168,7 +177,12 @@ def test_no_password_shows(url: str) -> None:
         "sqlite://",
         "redis://host:6379/0",
         "postgresql://user@host:5432/db",
-        "postgresql://host:5432/db?sslmode=require",
+        "postgresql://host:5432/db?sslmode=require&application_name=gateway&connect_timeout=5",
+        "postgresql://user@/db?host=one:5432&host=two&target_session_attrs=any&sslrootcert=/etc/root.crt",
+        "sqlite:///file:gateway.db?mode=ro&uri=true",
+        "rediss://host?db=1&ssl_cert_reqs=required&ssl_ca_certs=/etc/ca.pem",
+        "redis://host?",
+        "redis://host?db=1&ssl_cert_reqs=",
     ],
 )
 def test_a_url_without_a_password_shows_as_it_is(url: str) -> None:
