@@ -80,6 +80,15 @@ def test_a_file_that_another_process_has_removed_is_not_named(tmp_path: Path) ->
     assert notes_in(tmp_path) == []
 
 
+def test_a_line_that_ends_in_another_way_is_not_what_was_written(tmp_path: Path) -> None:
+    archived(opened(tmp_path), "one")
+    archived(opened(tmp_path), "two")
+    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes().replace(b"\n", b"\r", 1))
+
+    with pytest.raises(ArchiveError, match="Line 1 of"):
+        Manifest(tmp_path).read()
+
+
 def test_half_a_line_of_a_killed_process_is_removed_by_whoever_writes_next(tmp_path: Path) -> None:
     """Two prunes take turns: one is killed, and the other one began before that."""
     one = opened(tmp_path)

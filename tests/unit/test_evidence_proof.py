@@ -384,6 +384,7 @@ NOT_EVIDENCE = {
     "only-the-first-line": "c2sp.org/tlog-proof@v1\n",
     "proof-without-extra": "\n".join(line for line in SOURCES["proof"].split("\n") if not line.startswith("extra")),
     "proof-with-a-leading-zero": SOURCES["proof"].replace("index 3", "index 03"),
+    "proof-with-another-line-end": SOURCES["proof"].replace("=\n", "=\u2028", 1),
     "proof-without-index": SOURCES["proof"].replace("index 3\n", ""),
     "proof-without-note": SOURCES["proof"].partition("\n\n")[0],
 }

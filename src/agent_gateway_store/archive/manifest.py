@@ -130,7 +130,7 @@ class Manifest:
         self.is_torn = bool(torn)
         if torn and _is_whole(torn):
             raise ArchiveError(f"The last line of {self.path} is not what was written.", file=NAME)
-        for number, line in enumerate(whole.splitlines(keepends=False) if end else (), start=1):
+        for number, line in enumerate(whole.split(b"\n") if end else (), start=1):
             try:
                 entry = Entry.from_line(line.decode("utf-8") + "\n")
             except (ValueError, TypeError, RecursionError) as exc:

@@ -383,7 +383,7 @@ def _read_tlog_proof(text: str) -> _Claim:
     found = _PROOF.fullmatch(text)
     if found is None:
         raise ValueError("it has another form")
-    entry, path = decode64(found["entry"]), [decode64(line) for line in found["path"].splitlines()]
+    entry, path = decode64(found["entry"]), [decode64(line) for line in found["path"].split("\n")[:-1]]
     salt, content = entry[:-HASH_BYTES], entry[-HASH_BYTES:]
     proof = _Proof(int(found["index"]), leaf_hash(salt, content), path, parse_note(found["note"]))
     remark = f"This form shows no event: it proves that one whose content_hash is {content.hex()} is in the log."

@@ -92,6 +92,7 @@ class LogWalk:
         self.findings: list[Finding] = []
         self.remarks: list[str] = []
         self.origin = ""
+        self._zeros_left = MOST_FINDINGS
         self._found: Counter[FindingKind] = Counter()
         self._mismatches: list[_Mismatch] = []
 
@@ -146,7 +147,9 @@ class LogWalk:
         else:
             self.note(FindingKind.BAD_TREE, f"There are two leaves at {position:,}.", position=position)
         # So that what follows is compared with the right hashes; where very much is gone, nothing would fit anyway.
-        for _ in range(min(max(position - self.tree.size, 0), MOST_FINDINGS)):
+        zeros = min(max(position - self.tree.size, 0), self._zeros_left)
+        self._zeros_left -= zeros
+        for _ in range(zeros):
             self.tree.append(bytes(HASH_BYTES))
 
     def _check(self, row: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes) -> None:
