@@ -77,6 +77,43 @@ async def test_what_the_database_calls_equal_is_no_prune(own_database_url: str) 
     assert [(each.kind, each.position) for each in found.findings] == [(FindingKind.MISSING, 1)]
 
 
+def without_unique(url: str, table: str, *columns: str) -> list[str]:
+    """Return the statements after which a table takes rows with the same values."""
+    if not url.startswith("sqlite"):
+        return [f"ALTER TABLE {table} DROP CONSTRAINT uq_{table}_{'_'.join(columns)}"]
+    changed = f"replace(sql, 'UNIQUE ({', '.join(columns)})', 'CHECK (true)')"
+    return [
+        "PRAGMA writable_schema = ON",
+        f"UPDATE sqlite_master SET sql = {changed} WHERE name = '{table}'",
+        f"DELETE FROM sqlite_master WHERE name = 'sqlite_autoindex_{table}_1'",
+        "PRAGMA writable_schema = RESET",
+        # Or open connections go on by what they have read.
+        "PRAGMA schema_version = 99",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "columns", "among"),
+    [
+        ("audit_events", ("request_id", "org_id"), "request_id, org_id, (caller_id || '')"),
+        ("audit_leaves", ("event_id",), "event_id) WHERE (position > 0"),
+    ],
+    ids=["events", "leaves"],
+)
+async def test_a_table_that_takes_a_row_twice_is_seen(
+    own_database_url: str, table: str, columns: tuple[str, ...], among: str
+) -> None:
+    """Whoever has a twin of an event sealed makes something else of it. Any unique index over the columns will do."""
+    found = await verified_after(own_database_url, *without_unique(own_database_url, table, *columns))
+    said = f"{table} has no unique constraint on {', '.join(sorted(columns))}:"
+    assert [(each.kind, said in each.text) for each in found.findings] == [(FindingKind.ALTERED, True)]
+
+    for number, (indexed, is_ok) in enumerate({among: False, ", ".join(sorted(columns)): True}.items()):
+        await run(own_database_url, f"CREATE UNIQUE INDEX theirs_{number} ON {table} ({indexed})")
+        async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
+            assert (await store.evidence.verify()).ok is is_ok, indexed
+
+
 COPY = "CREATE TRIGGER x AFTER INSERT ON audit_events BEGIN"
 REFUSE = "CREATE TRIGGER x BEFORE UPDATE ON audit_events BEGIN"
 
@@ -143,6 +180,38 @@ class TestOnSqlite:
         assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
         assert "missing from index sqlite_autoindex_audit_leaves_1" in found.findings[0].text
         assert found.unsealed == 1
+
+    async def test_an_event_behind_the_leaf_of_another_is_not_sealed(self, database_url: str) -> None:
+        """Its twin was sealed, and the leaf names the other one now, as text: both are unique, and an index says so."""
+        as_made = "SELECT * FROM sqlite_master WHERE tbl_name = 'audit_events' AND type <> 'trigger'"
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write_many([make_event(request_id=f"r-{number}") for number in range(3)])
+            await run(
+                database_url,
+                f"CREATE TABLE kept AS {as_made}",
+                *without_unique(database_url, "audit_events", "request_id", "org_id"),
+                "CREATE TABLE twin AS SELECT * FROM audit_events WHERE id = 2",
+                "UPDATE twin SET id = 4",
+                "INSERT INTO audit_events SELECT * FROM twin",
+            )
+            kept = await store.evidence.seal()
+            assert kept is not None
+        await run(
+            database_url,
+            "UPDATE audit_events SET request_id = 'forged', content_hash = NULL WHERE id = 4",
+            "PRAGMA writable_schema = ON",
+            "UPDATE sqlite_master SET sql = replace(sql, 'event_id BIGINT', 'event_id') WHERE name = 'audit_leaves'",
+            "UPDATE sqlite_master SET sql = (SELECT sql FROM kept WHERE type = 'table') WHERE name = 'audit_events'",
+            "INSERT INTO sqlite_master SELECT * FROM kept WHERE name = 'sqlite_autoindex_audit_events_1'",
+            "PRAGMA writable_schema = RESET",
+            "REINDEX audit_events",
+            "UPDATE audit_leaves SET event_id = '2' WHERE event_id = 4",
+        )
+
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            found = await store.evidence.verify(against=[kept])
+        assert [(each.kind, each.position) for each in found.findings] == [(FindingKind.ALTERED, 3)]
+        assert (found.checked, found.unsealed, found.anchored) == (3, 1, 4)
 
     @pytest.mark.parametrize(
         "head",

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import BigInteger, Select, Text, bindparam, cast, func, or_, select
-from sqlalchemy.dialects import postgresql
 
 from agent_gateway_store._text import escape
 from agent_gateway_store.audit.doors import ERASE, PRUNE, is_door, names_door
@@ -95,47 +94,6 @@ _BEYOND = Statement(
 )
 
 
-# What shows each reader what it likes: a view, a table of another server, a table whose rows come from others, too, a
-# column that is computed or keeps JSON as somebody spelled it.
-_READ = (table, _leaves, _tiles, _checkpoints, identity_table)
-# By the names of `pg_catalog`: others can be taken.
-_CATALOG_TYPES = {
-    "BIGINT": "int8", "BYTEA": "bytea", "FLOAT(53)": "float8", "INTEGER": "int4", "JSONB": "jsonb", "TEXT": "text",
-    "TIMESTAMP WITH TIME ZONE": "timestamptz", "UUID": "uuid",
-}  # fmt: skip
-_POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
-_COLUMNS = [
-    f"('{each.name}', '{column.name}', '{_CATALOG_TYPES[column.type.compile(_POSTGRES)]}')"
-    for each in _READ
-    for column in each.columns
-]
-_STRANGE_ON_POSTGRES = f"""
-SELECT fault, name, NULL, NULL FROM unnest(ARRAY{[*LOG_TABLES]}) AS name
-LEFT JOIN pg_catalog.pg_class AS found ON found.oid = to_regclass(name)
-CROSS JOIN LATERAL (VALUES
-    ('table', found.relkind IS DISTINCT FROM 'r'),
-    ('children', found.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhparent = found.oid)),
-    ('unlogged', found.relkind = 'r' AND found.relpersistence <> 'p'),
-    ('rule', found.relkind = 'r' AND EXISTS (
-        SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = found.oid AND ev_type = '3' AND is_instead
-    ))
-) AS faults (fault, is_so) WHERE is_so
-UNION ALL
-SELECT 'column', name, column_name, type FROM (VALUES {", ".join(_COLUMNS)}) AS columns (name, column_name, type)
-WHERE NOT EXISTS (
-    SELECT FROM pg_catalog.pg_attribute
-    WHERE attrelid = to_regclass(name) AND attname = column_name AND attgenerated = ''
-        AND atttypid = to_regtype('pg_catalog.' || type)
-)
-UNION ALL {append_only.POSTGRES_OTHERS}
-"""  # noqa: S608  names of our own
-_STRANGE_ON_SQLITE = f"""
-SELECT 'table', value, NULL, NULL FROM json_each('{json.dumps(LOG_TABLES)}')
-WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'table' AND rootpage > 0)
-    OR EXISTS (SELECT 1 FROM sqlite_temp_master WHERE name = value)
-UNION ALL
-SELECT 'trigger', tbl_name, name, printf('%s', sql) FROM ({append_only.SQLITE_TRIGGERS})
-"""  # noqa: S608  likewise
 _OURS = {sql for name in append_only.TABLES for sql in append_only.triggers("sqlite", name).values()}
 # SQLite keeps the text of a trigger alone. One that is spelled otherwise runs before INSERT, or may do so. What is a
 # space or a comment is said as SQLite does, and matches in one way: no name and no body may pass for what follows it.
@@ -147,7 +105,9 @@ _NOT_BEFORE_INSERT = re.compile(
     re.IGNORECASE,
 )
 _STRANGE = Statement(
-    lambda dialect: typed_text(_STRANGE_ON_POSTGRES if dialect == "postgresql" else _STRANGE_ON_SQLITE, {})
+    lambda dialect: typed_text(
+        append_only.STRANGE_ON_POSTGRES if dialect == "postgresql" else append_only.STRANGE_ON_SQLITE, {}
+    )
 )
 # Both databases number rows from 1, and readers that go on from an id begin at 0. Behind a very high one none is left.
 _NOT_GIVEN = Statement(
@@ -294,6 +254,8 @@ _FAULTS = {
     "other": "{} has the trigger or rule {}, which is not the store's: it can change or delete new events before they "
     "are sealed, though writes say STORED. Find out whose it is.",
     "off": "Some sessions fire no triggers, so that rows of the log can be changed: run `{1}` as a superuser.",
+    "twice": "{} has no unique constraint on {}: one row may be counted for another. Nothing was read: create it again "
+    "(`gateway-store db check` names it).",
     "column": "The column {1} of {0} is no {2}, or is computed: it can say more than was sealed. Nothing was read.",
 }
 

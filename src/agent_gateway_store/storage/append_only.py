@@ -5,14 +5,17 @@ They stop accidents. Whoever owns the tables can switch them off; what was done 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from sqlalchemy import text
+from sqlalchemy import UniqueConstraint, text
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.models.evidence import door_table
+from agent_gateway_store.models.tables import metadata
 
 TABLES = ("audit_events", "audit_leaves", "audit_checkpoints")
 LOG_TABLES = (*TABLES, "audit_tiles", "database_identity")
@@ -206,3 +209,76 @@ SELECT lower(printf('%s', tbl_name)) AS tbl_name, name, sql FROM sqlite_master W
         OR sql LIKE 'CREATE INDEX %' OR sql LIKE 'CREATE UNIQUE INDEX %', true)
 """
 """The triggers, and what SQLite may run as one, with their tables."""
+_LOG = [metadata.tables[name] for name in LOG_TABLES]
+# By the names of `pg_catalog`: others can be taken.
+_CATALOG_TYPES = {
+    "BIGINT": "int8", "BYTEA": "bytea", "FLOAT(53)": "float8", "INTEGER": "int4", "JSONB": "jsonb", "TEXT": "text",
+    "TIMESTAMP WITH TIME ZONE": "timestamptz", "UUID": "uuid",
+}  # fmt: skip
+_POSTGRES = postgresql.dialect()  # type: ignore[no-untyped-call]
+_COLUMNS = [
+    f"('{each.name}', '{column.name}', '{_CATALOG_TYPES[column.type.compile(_POSTGRES)]}')"
+    for each in _LOG
+    for column in each.columns
+]
+# By their columns, for an index may have any name. Two rows with one primary key are seen where they are read.
+_UNIQUE = ", ".join(
+    f"('{each.name}', '{', '.join(sorted(constraint.columns.keys()))}')"
+    for each in _LOG
+    for constraint in each.constraints
+    if isinstance(constraint, UniqueConstraint)
+)
+STRANGE_ON_POSTGRES = f"""
+SELECT fault, name, NULL, NULL FROM unnest(ARRAY{[*LOG_TABLES]}) AS name
+LEFT JOIN pg_catalog.pg_class AS found ON found.oid = to_regclass(name)
+CROSS JOIN LATERAL (VALUES
+    ('table', found.relkind IS DISTINCT FROM 'r'),
+    ('children', found.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhparent = found.oid)),
+    ('unlogged', found.relkind = 'r' AND found.relpersistence <> 'p'),
+    ('rule', found.relkind = 'r' AND EXISTS (
+        SELECT FROM pg_catalog.pg_rewrite WHERE ev_class = found.oid AND ev_type = '3' AND is_instead
+    ))
+) AS faults (fault, is_so) WHERE is_so
+UNION ALL
+SELECT 'column', name, column_name, type FROM (VALUES {", ".join(_COLUMNS)}) AS columns (name, column_name, type)
+WHERE NOT EXISTS (
+    SELECT FROM pg_catalog.pg_attribute
+    WHERE attrelid = to_regclass(name) AND attname = column_name AND attgenerated = ''
+        AND atttypid = to_regtype('pg_catalog.' || type)
+)
+UNION ALL
+SELECT 'twice', name, columns, NULL FROM (VALUES {_UNIQUE}) AS keys (name, columns)
+JOIN pg_catalog.pg_class AS found ON found.oid = to_regclass(name) AND relkind = 'r'
+WHERE NOT EXISTS (
+    SELECT FROM pg_catalog.pg_index
+    WHERE indrelid = found.oid AND indisunique AND indisvalid AND indpred IS NULL AND indexprs IS NULL AND columns = (
+        SELECT string_agg(attname::text, ', ' ORDER BY attname) FROM pg_catalog.pg_attribute
+        WHERE attrelid = found.oid AND attnum = ANY ((indkey::int2[])[0 : indnkeyatts - 1])
+    )
+)
+UNION ALL {POSTGRES_OTHERS}
+"""  # noqa: S608  names of our own
+"""What shows each reader what it likes, or lets a row be there twice, and what others put there: as `POSTGRES_OTHERS`.
+
+A view, a table of another server, a table whose rows come from others, too, a column that is computed or keeps JSON as
+somebody spelled it.
+"""
+STRANGE_ON_SQLITE = f"""
+SELECT 'table', value, NULL, NULL FROM json_each('{json.dumps(LOG_TABLES)}')
+WHERE NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = value AND type = 'table' AND rootpage > 0)
+    OR EXISTS (SELECT 1 FROM sqlite_temp_master WHERE name = value)
+UNION ALL
+SELECT 'twice', column1, column2, NULL FROM (VALUES {_UNIQUE})
+JOIN sqlite_master AS found ON found.name = column1 AND type = 'table'
+WHERE NOT EXISTS (
+    SELECT 1 FROM pragma_index_list(column1) AS key
+    WHERE "unique" AND NOT partial AND column2 = (
+        SELECT group_concat(part, ', ') FROM (
+            SELECT coalesce(name, '') AS part FROM pragma_index_info(key.name) ORDER BY name
+        )
+    )
+)
+UNION ALL
+SELECT 'trigger', tbl_name, name, printf('%s', sql) FROM ({SQLITE_TRIGGERS})
+"""  # noqa: S608  likewise
+"""The same of SQLite, with all triggers."""
