@@ -31,7 +31,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Take back."""
-    op.drop_index(op.f(_COUNTED), table_name=_TABLE)
+    op.drop_index(op.f(_COUNTED), table_name=_TABLE, if_exists=True)
     _build({status: f"status = '{status}'" for status in _COLUMNS})
 
 

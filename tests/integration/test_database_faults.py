@@ -55,6 +55,38 @@ async def test_a_missing_table_or_column_asks_for_a_migration(url: str) -> None:
         assert "gateway-store db upgrade" in str(error)
 
 
+async def test_what_exists_already_is_named(url: str) -> None:
+    """The server runs, and the URL is right: what helps is another name."""
+    postgres = ["ALTER TABLE t ADD CONSTRAINT c CHECK (n > 0)"] * (not url.startswith("sqlite"))
+    statements = ["CREATE TABLE t (n INTEGER)", "CREATE INDEX i ON t (n)", "ALTER TABLE t ADD m INTEGER", *postgres]
+    said = [str(await failing(url, *statements[: count + 1], each)) for count, each in enumerate(statements)]
+
+    assert all(" exists already: rename it if another application made it" in each for each in said), said
+    assert "table t exists" in said[0] or 'relation "t" exists' in said[0]
+
+
+async def test_a_transaction_that_the_server_ended_as_idle_says_so(postgres_database: Callable[[], str]) -> None:
+    """Where the event loop was kept busy meanwhile; else only that the connection is closed."""
+    url = postgres_database()
+    gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE state = 'idle in transaction'"
+
+    async def ended() -> None:
+        async with servers.connected(url) as watcher:
+            while not await watcher.fetchval(f"{gone} AND datname = current_database()"):
+                await asyncio.sleep(0.01)
+
+    async def idle() -> None:
+        async with database.write() as connection:
+            await connection.execute(text("SET idle_in_transaction_session_timeout = 50"))
+            servers.run(ended())
+            await connection.execute(text("SELECT 1"))
+
+    database = opened(url)
+    with pytest.raises(errors.StoreUnavailableError, match="idle_in_transaction_session_timeout ended it: raise it"):
+        await idle()
+    await database.close()
+
+
 async def test_a_statement_timeout_is_an_outage(postgres_database: Callable[[], str]) -> None:
     """The server's own limit counts as "cannot answer now"."""
     error = await failing(postgres_database(), "SET statement_timeout = 50", "SELECT pg_sleep(5)")

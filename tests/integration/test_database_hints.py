@@ -48,6 +48,7 @@ async def test_what_a_server_says_in_another_language_is_understood(
         "SET row_security = off; SELECT * FROM audit_events": "a policy of row-level security hides rows",
         "INSERT INTO audit_events (id) VALUES (1)": "a policy of row-level security refuses the row",
         "INSERT INTO api_keys DEFAULT VALUES": "the database user may not do this: grant it the right to what it asked",
+        "CREATE TEMP TABLE t (n int); CREATE TEMP TABLE t (n int)": "what it asked for exists already: rename it",
         "SELECT * FROM missing": "a table or column is missing. Run `gateway-store db upgrade`",
     }
     with translated(make_url(url).set(username=role).render_as_string(hide_password=False)) as there:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,6 +26,15 @@ INSERT INTO audit_events (request_id, org_id, timestamp, caller_id, caller_role,
     redaction_flags, deterministic_rationale)
 SELECT 'r' || n || random(), 'acme', now(), 'c', 'r', 'e', 's', 't', repeat('0', 64), '{}', '[]', 0.5, 'p', 'ALLOW', 1,
     'ALLOW', '[]', 'd' FROM generate_series(1, $1::int) AS n
+"""
+FILL_OTHERS = """
+INSERT INTO notification_deliveries (delivery_id, org_id, approval_id, notifier, event, payload, status, attempts,
+    next_attempt_at, created_at)
+VALUES (gen_random_uuid(), 'acme', gen_random_uuid(), 'n', 'pending', '{}', 'DUE', 0, now(), now());
+INSERT INTO approval_requests (approval_id, token, request_id, caller_id, org_id, tool_call, tool_call_hash,
+    risk_explanation, created_at, expires_at, status, scope, required_approvals, approver_note, version)
+SELECT gen_random_uuid(), repeat('0', 64), 'r', 'c', 'acme', '{}', 'h', '', now(), now(), 'PENDING', 'EXECUTION', 1,
+    '', 1 FROM generate_series(1, %s) AS n
 """
 
 
@@ -81,8 +90,11 @@ async def test_writers_go_on_while_an_index_is_built(url: str) -> None:
     assert (written, differences) == (15, [])
 
 
-async def test_a_build_that_was_stopped_is_done_again(url: str) -> None:
-    """It leaves an INVALID index, which is never used; the next run drops it and builds another."""
+@pytest.mark.parametrize("large_bytes", [1, 2**30])
+async def test_a_build_that_was_stopped_is_done_again(
+    url: str, monkeypatch: pytest.MonkeyPatch, large_bytes: int
+) -> None:
+    """It leaves an INVALID index, which is never used; the next run drops it, though the table be small by then."""
     async with engine_of(url) as engine, connected(url) as old, connected(url) as admin:
         transaction = old.transaction(isolation="repeatable_read")
         await transaction.start()
@@ -95,11 +107,49 @@ async def test_a_build_that_was_stopped_is_done_again(url: str) -> None:
         valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1)"
         left = await admin.fetchval(valid, INDEX)
         await transaction.rollback()
+        monkeypatch.setattr(online, "_LARGE_BYTES", large_bytes)
         await migrate.upgrade(engine)
         built = await admin.fetchval(valid, INDEX)
         differences = await migrate.differences(engine)
 
     assert (left, built, differences) == (False, True, [])
+
+
+class Stopped(Exception):
+    """The migrator is killed: what it has not committed is gone."""
+
+
+@pytest.mark.parametrize(("approvals", "least_up", "least_down"), [(0, 7, 1), (1, 15, 3)])
+async def test_a_migration_that_was_stopped_at_any_commit_is_completed_by_the_next(
+    url: str, approvals: int, least_up: int, least_down: int
+) -> None:
+    """Up and down, after each step that commits what came before it, which is that of a small table, too."""
+    seen = set[str]()
+
+    async def stops_of(migration: Callable[[], Awaitable[None]]) -> int:
+        seen.clear()
+        while True:
+            try:
+                await migration()
+            except Stopped:
+                continue
+            return len(seen)
+
+    async with engine_of(url) as engine, connected(url) as connection:
+
+        @event.listens_for(engine.sync_engine, "after_cursor_execute")
+        def stop(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            is_commit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+            if is_commit and statement.startswith(("ALTER", "CREATE")) and statement not in seen:
+                seen.add(statement)
+                raise Stopped
+
+        await connection.execute(FILL_OTHERS % approvals)
+        up = await stops_of(lambda: migrate.upgrade(engine))
+        differences = await migrate.differences(engine)
+        down = await stops_of(lambda: migrate.downgrade(engine, "0001_initial"))
+
+    assert (differences, up >= least_up, down >= least_down) == ([], True, True)
 
 
 async def test_no_limit_of_time_ends_a_migration(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

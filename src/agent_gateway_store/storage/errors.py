@@ -117,6 +117,10 @@ _HINTS = (
     ("invalidsqlstatementname", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("statement pooling mode", "the pooler takes no transactions: give it pool_mode = transaction"),
     ("querycanceled", "the server's statement_timeout ended it: raise it for our role with ALTER ROLE ... SET"),
+    (
+        "idleintransaction",
+        "idle_in_transaction_session_timeout ended it: raise it for our role with ALTER ROLE ... SET",
+    ),
     ("locknotavailable", "another transaction held a lock for too long: end it, or raise lock_timeout for our role"),
     (
         "targetserverattributenotmatched",
@@ -128,10 +132,19 @@ _HINTS = (
         "root certificate file",
         "no root certificate is known to check the server's: add sslrootcert= to DATABASE_URL",
     ),
+    *(
+        (
+            word,
+            "{object} exists already: rename it if another application made it, else restore the database as a whole",
+        )
+        for word in ("duplicatetable", "duplicatecolumn", "duplicate column", "duplicateobject", "already exists")
+    ),
 )
 
-# As in "permission denied for table api_keys", or "must be owner of table api_keys".
-_OBJECT = re.compile(r"(?:permission denied for|must be owner of) (\w+ \S+)")
+# As in "permission denied for table api_keys", "must be owner of table api_keys", or "table api_keys already exists".
+_OBJECT = re.compile(
+    r"(?:permission denied for|must be owner of) (\w+ \S+)|(\w+ \S+)(?: (?:of|for) \w+ \S+)? already exists"
+)
 
 
 @contextmanager
@@ -324,7 +337,7 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
     said = _said(error)
     for word, hint in _HINTS:
         if word in said:
-            where = "what it asked for" if (found := _OBJECT.search(said)) is None else found[1]
+            where = "what it asked for" if (found := _OBJECT.search(said)) is None else found[1] or found[2]
             return StoreUnavailableError(f"The database could not {doing}: {hint.format(object=where)}.")
     if isinstance(exc, TimeoutError | PoolTimeoutError):
         return StoreUnavailableError(f"The database could not {doing} in time: check its health and try again.")
@@ -339,8 +352,9 @@ def _misses_schema(exc: BaseException) -> bool:
 
 
 def _said(error: BaseException) -> str:
-    # With the function of the server that raised it, whose name is the same in every language.
-    return f"{type(error).__name__}\n{error}\n{getattr(error, 'server_source_function', None)}".lower()
+    # With names that are the same in every language: of what ended a connection, and of the function of the server.
+    cause = type(error.__cause__).__name__
+    return f"{type(error).__name__} {cause}\n{error}\n{getattr(error, 'server_source_function', None)}".lower()
 
 
 def driver_error(exc: BaseException) -> BaseException:

@@ -17,18 +17,19 @@ def create_index(name: str, table: str, columns: Sequence[str], *, unique: bool 
     """Build an index: on a large table of PostgreSQL CONCURRENTLY, after a commit, so that writers do not wait.
 
     What an earlier run left is dropped if its build was stopped, and kept if it was complete. Such a run repeats the
-    whole migration script, so the steps before this one must bear that (`if_not_exists=True`).
+    whole migration script, so the other steps of a script that builds one must bear that (`if_not_exists=True`).
     """
     with _outside_transaction(table) as is_outside:
-        if is_outside and _is_invalid(name):
-            op.drop_index(op.f(name), table_name=table, postgresql_concurrently=True)
+        # Of a small table, too: the commit before a large one's build takes the small ones' indexes along, and a table
+        # may have shrunk.
+        if _is_invalid(name):
+            op.drop_index(op.f(name), table_name=table, postgresql_concurrently=is_outside)
         op.create_index(
             op.f(name),
             table,
             list(columns),
             unique=unique,
-            # Only a run that committed its steps one by one can have left an index behind.
-            if_not_exists=True if is_outside else None,
+            if_not_exists=True,
             postgresql_concurrently=is_outside,
             **options,
         )
@@ -45,11 +46,10 @@ def create_check(name: str, table: str, condition: str) -> None:
 @contextmanager
 def _outside_transaction(table: str) -> Iterator[bool]:
     """Commit, and run the block outside a transaction, if `table` is large; give whether it is so."""
-    context = op.get_context()
-    if context.as_sql or context.dialect.name != "postgresql" or not _is_large(table):
+    if not _on_postgresql() or not _is_large(table):
         yield False
         return
-    with context.autocommit_block():
+    with op.get_context().autocommit_block():
         # As `LIMITS` of `migrate`, which end with a transaction. A build waits for older transactions of others, but
         # nobody waits for it.
         limits = ("statement_timeout", "lock_timeout")
@@ -62,11 +62,19 @@ def _outside_transaction(table: str) -> Iterator[bool]:
                 op.execute(f"RESET {name}")
 
 
+def _on_postgresql() -> bool:
+    """True unless this is SQLite, or a script is printed."""
+    context = op.get_context()
+    return context.dialect.name == "postgresql" and not context.as_sql
+
+
 def _is_large(table: str) -> bool:
     found = text("SELECT pg_relation_size(:table) > :size")
     return bool(op.get_bind().scalar(found, {"table": table, "size": _LARGE_BYTES}))
 
 
 def _is_invalid(index: str) -> bool:
+    if not _on_postgresql():
+        return False
     found = text("SELECT NOT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:index)")
     return bool(op.get_bind().scalar(found, {"index": index}))
