@@ -15,15 +15,17 @@ import asyncpg
 import pytest
 from alembic import autogenerate
 from database_helpers import set_defaults
-from sqlalchemy import event, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from agent_gateway_store import GatewayStore, WriteOutcome
+from agent_gateway_store import GatewayStore, ToolCall, WriteOutcome
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage import migrate
+from agent_gateway_store.storage.append_only import where_triggers_are_off
 from agent_gateway_store.storage.database import Database, create_engine, get_db
 from builders import CALL, make_event, make_request
 from proofs.harness import execute
+from servers import PostgresServer
 
 READ_DIFFERENTLY = {
     "standard_conforming_strings": "off",
@@ -59,6 +61,8 @@ LIMITED = {
 }
 ALL = {**READ_DIFFERENTLY, **WRITTEN_DIFFERENTLY, **RUN_DIFFERENTLY, **LIMITED}
 START = datetime(2031, 3, 1, 23, 30, 0, 123456, tzinfo=UTC)
+# The package of a distribution, which has ICU as the wheel's server has not.
+WITH_ICU = max(Path("/usr/lib/postgresql").glob("1[5-9]/bin"), default=None)
 NASTY = "50% of a\\b_c 'quoted' \N{GRINNING FACE}"
 
 
@@ -122,6 +126,42 @@ async def test_the_defaults_of_a_server_change_no_answer(
 
     assert expected[-1] == []
     assert found == expected
+
+
+@pytest.mark.skipif(WITH_ICU is None, reason="needs an installed PostgreSQL 15 to 19, for its ICU")
+async def test_a_turkish_database_folds_ascii_as_every_other(tmp_path: Path) -> None:
+    """There I and i are two letters: what is searched, held and found has both, and the rest as the locale has it."""
+    options = "TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'tr-TR' LOCALE 'C'"
+    texts = (
+        "delete_file",
+        "DELETE_FILE",
+        "Delete_File",
+        "ödeme ID",
+        "ÖDEME id",
+        "\N{LATIN SMALL LETTER DOTLESS I}s",
+        "IS",
+    )
+    with PostgresServer(binaries=WITH_ICU) as server:
+        await execute(server.url, f"CREATE DATABASE turkish {options}")
+        url = make_url(server.url).set(database="turkish").render_as_string(hide_password=False)
+        async with GatewayStore(url, redis_url="", auto_migrate=True) as store:
+            for number, rationale in enumerate(("Ödeme Id", "IS")):
+                time = datetime(2025, 1, 1 + number, tzinfo=UTC)
+                event = make_event(tool_name="DELETE_FILE", deterministic_rationale=rationale, timestamp=time)
+                await store.audit.write(event)
+            call = ToolCall(server="s", tool="DELETE_FILE", arguments={})
+            await store.approvals.issue_token(make_request(tool_call=call, risk_explanation="Ödeme Id, IS"))
+            searched = [len(await store.audit.search(text=each)) for each in texts]
+            approvals = [len(await store.approvals.search(text=each)) for each in texts]
+            found = [len(await store.retention.find(text=each)) for each in texts]
+            await store.retention.hold("case-1", reason="r", by="b", text="delete_file")
+            pruned = await store.retention.prune("2025-02-01", by="b", archive=tmp_path / "archive")
+            await set_defaults(url, session_replication_role="REPLICA")
+            async with store.database.read() as connection:
+                off = await where_triggers_are_off(connection)
+
+    assert (searched, approvals, found) == ([2, 2, 2, 1, 1, 1, 1], [1] * 7, [3, 3, 3, 2, 2, 2, 2])
+    assert (pruned.events, off) == (0, ["ALTER DATABASE turkish RESET session_replication_role"])
 
 
 async def test_a_schema_is_compared_for_longer_than_a_session_may_idle(

@@ -25,6 +25,7 @@ from agent_gateway_store.storage.filters import (
     pattern,
     word,
 )
+from agent_gateway_store.storage.statements import LOCALE_HIDES_ASCII
 
 
 class ApprovalFilters(TypedDict, total=False):
@@ -73,7 +74,7 @@ _CONDITIONS = {
     "status": "status {in_stored} AND {readable_status} {in_status}",
     "since": "created_at >= :p_since",
     "until": "created_at < :p_until",
-    "text": "({tool} {like} OR risk_explanation {like} OR approver_note {like})",
+    "text": "({has_text})",
     "bound": "org_id = :p_bound",
     "after": "(created_at, id) < (:p_before, :p_before_id)",
 }
@@ -81,13 +82,14 @@ _DIALECTS = {
     "postgresql": {
         "tool": "tool_call ->> 'tool'",
         "server": "tool_call ->> 'server'",
-        "like": "ILIKE :p_text",
+        "like": "{0} ILIKE :p_text OR " + LOCALE_HIDES_ASCII + " AND "
+        'lower(({0}) COLLATE "C") COLLATE "default" ILIKE lower(:p_text COLLATE "C") COLLATE "default"',
         "in": "= ANY(:p_{})",
     },
     "sqlite": {
         "tool": "json_extract(tool_call, '$.tool')",
         "server": "json_extract(tool_call, '$.server')",
-        "like": "LIKE :p_text ESCAPE '\\'",
+        "like": "{0} LIKE :p_text ESCAPE '\\'",
         # SQLite has no arrays: the values are one JSON text.
         "in": "IN (SELECT value FROM json_each(:p_{}))",
     },
@@ -121,7 +123,9 @@ def waits(found: Criteria) -> bool:
 
 def words_of(dialect: str) -> dict[str, str]:
     """Return `fragments` and the pieces of the conditions, by the names under which they stand in braces."""
-    return fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME}
+    words = fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME}
+    places = (words["tool"], "risk_explanation", "approver_note")
+    return words | {"has_text": " OR ".join(map(words["like"].format, places))}
 
 
 def conditions(dialect: str, shape: Shape) -> str:

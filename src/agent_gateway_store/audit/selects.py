@@ -23,7 +23,6 @@ from sqlalchemy import (
     exists,
     func,
     literal_column,
-    or_,
     select,
     true,
     tuple_,
@@ -38,7 +37,7 @@ from agent_gateway_store.models.columns import UTC_MAX, UTC_MIN, JsonOf, UtcDate
 from agent_gateway_store.storage.errors import readable_rows
 from agent_gateway_store.storage.filters import Shape
 from agent_gateway_store.storage.grouping import TIMES, Metrics, Offsets, aggregate
-from agent_gateway_store.storage.statements import Statement, is_one_of, literal_number
+from agent_gateway_store.storage.statements import Statement, contains, is_one_of, literal_number
 
 table = AuditEvent.__table__
 
@@ -203,12 +202,8 @@ def _condition(dialect: str, name: str, several: bool) -> ColumnElement[bool]:
         case "min_risk_score":
             return table.c.risk_score >= bindparam("p_min_risk_score", type_=table.c.risk_score.type)
         case "text":
-            pattern = bindparam("p_text", type_=Text())
             places = (table.c.tool_name, table.c.deterministic_rationale, table.c.llm_explanation)
-            if dialect == "postgresql":
-                # The backslash escapes by itself; in a literal it would depend on standard_conforming_strings.
-                return or_(*(place.ilike(pattern) for place in places))
-            return or_(*(place.like(pattern, escape="\\") for place in places))
+            return contains(dialect, places, bindparam("p_text", type_=Text()))
         case "risk_label":
             return _labelled(dialect, several)
         case "approval_id" if dialect == "postgresql":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Table, Text, and_, cast, or_, select, true
+from sqlalchemy import ColumnElement, Table, Text, and_, cast, literal, or_, select, true
 
 from agent_gateway_store.archive.files import Record, read_approvals
 from agent_gateway_store.archive.manifest import Manifest
@@ -24,7 +24,7 @@ from agent_gateway_store.models.retention import FoundRecord
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.filters import identifier, like, searched_text
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, contains
 
 _approvals = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
@@ -51,9 +51,10 @@ async def find(
     wanted = None if text is None else _spellings(searched_text("text", text))
     found: list[FoundRecord] = []
     async with database.read() as connection:
+        dialect = connection.dialect.name
         matches = _matches(events, own)
         if wanted is not None:
-            matches = and_(matches, _has_text(events, _EVENT_TEXTS, wanted))
+            matches = and_(matches, _has_text(dialect, events, _EVENT_TEXTS, wanted))
         statement = select(*(events.c[name] for name in _SHOWN)).where(matches, ~is_door()).order_by(events.c.id)
         for row in await Statement(statement).rows(connection, {}):
             found.append(FoundRecord(kind="event", **repaired(row)))
@@ -61,9 +62,9 @@ async def find(
         columns = (approval.request_id, approval.org_id, approval.caller_id, approval.approval_id, approval.tool_call)
         matches = _matches(_approvals, own)
         if wanted is not None:
-            voted = select(_votes.c.approval_id).where(_has_text(_votes, _VOTE_TEXTS, wanted))
+            voted = select(_votes.c.approval_id).where(_has_text(dialect, _votes, _VOTE_TEXTS, wanted))
             matches = and_(
-                matches, or_(_has_text(_approvals, _APPROVAL_TEXTS, wanted), approval.approval_id.in_(voted))
+                matches, or_(_has_text(dialect, _approvals, _APPROVAL_TEXTS, wanted), approval.approval_id.in_(voted))
             )
         statement = select(*columns, approval.created_at.label("timestamp")).where(matches).order_by(approval.id)
         for row in await Statement(statement).rows(connection, {}):
@@ -84,9 +85,9 @@ def _matches(table: Table, own: Mapping[str, str]) -> ColumnElement[bool]:
     return and_(true(), *(table.c[name] == value for name, value in own.items()))
 
 
-def _has_text(table: Table, names: Sequence[str], texts: Sequence[str]) -> ColumnElement[bool]:
+def _has_text(dialect: str, table: Table, names: Sequence[str], texts: Sequence[str]) -> ColumnElement[bool]:
     columns = [cast(table.c[name], Text()) for name in names]
-    return or_(*(column.ilike(like(text), escape="\\") for column, text in product(columns, texts)))
+    return or_(*(contains(dialect, columns, literal(like(text), Text())) for text in texts))
 
 
 def _in_archive(folder: Path, own: Mapping[str, str], texts: Sequence[str] | None) -> list[FoundRecord]:

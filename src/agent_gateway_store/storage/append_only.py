@@ -178,7 +178,7 @@ WITH settings AS (
         CASE WHEN setrole <> 0 AND setdatabase <> 0 THEN 'IN' END, 'DATABASE ' || quote_ident(datname),
         'RESET session_replication_role') AS statement
     FROM pg_catalog.pg_db_role_setting LEFT JOIN pg_catalog.pg_database ON pg_database.oid = setdatabase
-    WHERE 'session_replication_role=replica' = ANY (lower(setconfig::text)::text[])
+    WHERE 'session_replication_role=replica' = ANY (lower(setconfig::text COLLATE "C")::text[])
         AND (setdatabase = 0 OR datname = current_database())
 )
 SELECT statement FROM settings UNION ALL SELECT 'ALTER SYSTEM RESET session_replication_role'

@@ -23,11 +23,14 @@ from sqlalchemy import (
     Float,
     Integer,
     Text,
+    and_,
     any_,
     bindparam,
+    collate,
     column,
     func,
     literal_column,
+    or_,
     select,
     text,
 )
@@ -267,6 +270,23 @@ def is_one_of(dialect: str, column: ColumnElement[Any], name: str, kind: TypeEng
         return any_(bindparam(name, type_=ARRAY(kind))) == column
     # SQLite has no arrays: the values are one JSON text.
     return column.in_(select(func.json_each(bindparam(name, type_=JSON())).table_valued("value").c.value))
+
+
+LOCALE_HIDES_ASCII = "lower('I') <> 'i'"
+"""On PostgreSQL, true in a database whose locale is Turkish, where I and i are two letters; known to the planner."""
+
+
+def contains(dialect: str, columns: Sequence[ColumnElement[Any]], pattern: ColumnElement[str]) -> ColumnElement[bool]:
+    """Return the condition that a column is like a pattern: ASCII in either case, the rest as the locale folds it."""
+    if dialect == "sqlite":
+        return or_(*(column.like(pattern, escape="\\") for column in columns))
+
+    def fold(text: ColumnElement[Any]) -> ColumnElement[str]:
+        return collate(func.lower(collate(text, "C")), "default")
+
+    # The backslash escapes by itself; in a literal it would depend on standard_conforming_strings.
+    folded = or_(*(fold(column).ilike(fold(pattern)) for column in columns))
+    return or_(*(column.ilike(pattern) for column in columns), and_(literal_column(LOCALE_HIDES_ASCII), folded))
 
 
 class RowsParameter:
