@@ -7,15 +7,18 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from contract_helpers import require_one_log, run_script, selected, store_sealed_by_hand
+from erasure_helpers import OLD
 from plan_helpers import copies
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from agent_gateway_store import GatewayStore, StoreSettings
+from agent_gateway_store.archive import Archive
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.evidence import sealer
 from agent_gateway_store.models.evidence import Checkpoint, Finding, FindingKind
@@ -47,9 +50,9 @@ async def test_eight_sealers_at_once_leave_one_log(store: GatewayStore, database
     assert await require_one_log(store) > 0
 
 
-async def test_an_event_without_a_hash_keeps_nobody_waiting(store: GatewayStore) -> None:
-    """Somebody wrote it past the store: it is sealed with the others, and found."""
-    await store.audit.write_many([make_event(request_id=f"r-{n}") for n in range(3)])
+async def test_an_event_without_a_hash_keeps_nobody_waiting(store: GatewayStore, tmp_path: Path) -> None:
+    """Somebody wrote it past the store: it is sealed with the others, found, and told from one that was changed."""
+    await store.audit.write_many([make_event(request_id=f"r-{n}", timestamp=OLD) for n in range(4)])
     await tamper(
         store.database.engine,
         "UPDATE audit_events SET content_hash = NULL WHERE request_id = 'r-0'",
@@ -57,10 +60,15 @@ async def test_an_event_without_a_hash_keeps_nobody_waiting(store: GatewayStore)
     )
     last = await store.evidence.seal()
     assert last is not None
-    assert last.size == 3
-    found = await store.evidence.verify()
-    assert [(each.kind, each.request_id) for each in found.findings] == [
-        (FindingKind.ALTERED, "r-0"), (FindingKind.ALTERED, "r-1")]  # fmt: skip
+    assert last.size == 4
+    await tamper(store.database.engine, "UPDATE audit_events SET content_hash = NULL WHERE request_id = 'r-2'")
+    in_table = await store.evidence.verify()
+    await store.retention.prune("190d", by="x", archive=tmp_path / "archive")
+    for found in (in_table, Archive(tmp_path / "archive").verify()):
+        assert [(each.kind, each.request_id) for each in found.findings] == [
+            (FindingKind.ALTERED, f"r-{n}") for n in range(3)]  # fmt: skip
+        is_unhashed = ["had no valid content_hash when it was sealed" in each.text for each in found.findings]
+        assert is_unhashed == [True, True, False]
 
 
 @ON_POSTGRES

@@ -44,6 +44,21 @@ def leaf_of(salt: str, content_hash: str) -> str:
     return sha256(b"\0" + bytes.fromhex(salt) + bytes.fromhex(content_hash)).hexdigest()
 
 
+def said_of_unhashed(salt: str, leaf: str) -> str | None:
+    """Say of an event that does not fit its leaf that it was sealed without a hash, which counts as zeros there."""
+    try:
+        is_unhashed = leaf_of(salt, "00" * 32) == leaf
+    except (TypeError, ValueError):
+        # A file can be made to hold something else.
+        return None
+    if not is_unhashed:
+        return None
+    return (
+        "The event had no valid content_hash when it was sealed: it was not written by this package, or was changed "
+        "before it was sealed."
+    )
+
+
 def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) -> list[Entry]:
     """Write events, which are in the order of time, to one file for each day; return what the manifest must say.
 
