@@ -20,7 +20,8 @@ different values never share a canonical form:
 | any other object | `$object:`, its type and its repr |
 
 Enum members are their values, dataclasses and Pydantic models the objects of their fields (and extra fields), tuples
-are arrays. A container that cannot be read counts as any other object.
+are arrays. A name with several values, as in a form, has the array of them. A container that cannot be read counts as
+any other object. A time has its offset, and not the name of its zone.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from agent_gateway_store.encoding.plain import (
     CONTAINERS,
     Members,
     Tagged,
+    attributes_of,
     escape_surrogates,
     holds_more,
     is_text,
@@ -66,8 +68,11 @@ _REPR_SAYS_ALL = frozenset(
     {timedelta, timezone, complex, range, Fraction, ZoneInfo}
     | {IPv4Address, IPv6Address, IPv4Network, IPv6Network, IPv4Interface, IPv6Interface}
 )
-# By name: NumPy is not always there, and Pydantic has a class for each kind of URL.
-_REPR_SAYS_ALL_BELOW = frozenset({"numpy.generic", "pydantic.networks.AnyUrl", "pydantic.networks._BaseMultiHostUrl"})
+# By name: NumPy is not always there (and the repr of its `void` is cut), and Pydantic has a class for each kind of URL.
+_REPR_SAYS_ALL_BELOW = frozenset(
+    {"numpy.number", "numpy.bool", "numpy.bool_", "numpy.datetime64"}
+    | {"pydantic.networks.AnyUrl", "pydantic.networks._BaseMultiHostUrl"}
+)
 _JSON_SCALARS = frozenset({str, int, float, bool, type(None)})
 _JSON_TYPES = _JSON_SCALARS | {dict, list}
 _LIKE_A_TAG = re.compile(r"\$+[a-z0-9]+:")
@@ -173,24 +178,30 @@ def members_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_known(root: Any) -> None:
-    seen: set[int] = set()
+    # The items themselves, for an id that is free is taken again.
+    seen: dict[int, Any] = {}
     items = [root]
     while items:
         item = items.pop()
         source = plain(item)
-        if type(source) is Tagged and source.text.startswith("$object:") and not _says_all(type(item)):
-            raise TypeError(f"an object of the type {type_name(type(item))}")
-        if holds_more(item):
+        if type(source) is Tagged and source.text.startswith("$object:"):
+            if not _says_all(item):
+                raise TypeError(f"an object of the type {type_name(type(item))}")
+        elif holds_more(item, source):
             raise TypeError(f"an object of the type {type_name(type(item))} with values outside its fields")
         if type(source) in CONTAINERS and id(item) not in seen:
-            seen.add(id(item))
+            seen[id(item)] = item
             items.extend([*source, *source.values()] if type(source) is dict else source)
 
 
-def _says_all(kind: type[Any]) -> bool:
+def _says_all(value: Any) -> bool:
     """True if the repr of such an object holds its whole value."""
+    kind = type(value)
+    if kind in _REPR_SAYS_ALL:
+        return True
     names = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
-    return kind in _REPR_SAYS_ALL or not names.isdisjoint(_REPR_SAYS_ALL_BELOW)
+    # A class below may have more attributes than Pydantic's.
+    return not names.isdisjoint(_REPR_SAYS_ALL_BELOW) and attributes_of(value).keys() <= {"_url"}
 
 
 class _Frame:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -16,8 +17,10 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
 from functools import cached_property, partial
+from gc import get_referents
 from itertools import islice
-from pathlib import PurePath
+from pathlib import PosixPath, PurePath, WindowsPath
+from types import MappingProxyType, MethodDescriptorType, WrapperDescriptorType
 from typing import Any, cast
 from uuid import UUID
 
@@ -45,7 +48,8 @@ class Tagged:
 CONTAINERS = frozenset({dict, list, tuple, Members})
 """The types that `plain` returns for what has items."""
 _UNREADABLE = object()
-_BUILT_IN = (dict, list, tuple, set, frozenset)
+_BUILT_IN: tuple[type[Any], ...] = (dict, list, tuple, set, frozenset)
+_SCALARS: tuple[type[Any], ...] = (str, int, float, bytes, bytearray)
 _PLAIN = CONTAINERS | {str, int, float, bool, type(None), bytes, Tagged}
 # In this order: a datetime is a date as well.
 _TAGS: tuple[tuple[type[Any], str, Callable[[Any], str]], ...] = (
@@ -56,6 +60,21 @@ _TAGS: tuple[tuple[type[Any], str, Callable[[Any], str]], ...] = (
     (UUID, "uuid", UUID.__str__),
     (PurePath, "path", PurePath.__str__),
 )
+_TAGGED: tuple[type[Any], ...] = tuple(base for base, *_ in _TAGS)
+_READ_AS_BASE: tuple[type[Any], ...] = (*_SCALARS, *_TAGGED, *_BUILT_IN)
+_SLOTTED = {UUID, *PosixPath.__mro__, *WindowsPath.__mro__}
+# Of these types themselves `plain` says all; of classes below those written in C, all but attributes.
+_ALL_READ = _PLAIN | {bytearray, date, Decimal, UUID, set, frozenset}
+_READ_NATIVES = {object, OrderedDict, *_READ_AS_BASE}
+_READ_MODULES = {"numpy", "asyncpg.pgproto.pgproto"}
+_READ_MODULES |= {f"pandas._libs.tslibs.{name}" for name in ("base", "nattype", "timestamps")}
+_NATIVE_METHODS = {WrapperDescriptorType, MethodDescriptorType}
+# By which method a container is read, and as what.
+_READERS: dict[Any, type[Any]] = {
+    **dict.fromkeys((dict.items, OrderedDict.items), dict),
+    **dict.fromkeys((list.__iter__, tuple.__iter__), list),
+    **dict.fromkeys((set.__iter__, frozenset.__iter__), Members),
+}
 
 
 def plain(value: Any) -> Any:
@@ -76,33 +95,76 @@ def plain(value: Any) -> Any:
     return Tagged(f"$object:{type_name(type(value))}:{_repr(value)}")
 
 
-def holds_more(value: Any) -> bool:
-    """True if a model, a dataclass or a container has values that `plain` leaves out, or that cannot be read.
+def holds_more(value: Any, read: Any) -> bool:
+    """True if `read`, which `plain` returned for `value`, leaves something out, or may do so where nobody sees it.
 
-    Those are attributes that are no fields. A `cached_property` says nothing new, and neither does a private attribute
-    that is still its default, or still equal to the container that its factory makes.
+    That is an attribute that is no field, what a class in C keeps beside what is read of it, a value of a form that has
+    several of one name. A `cached_property` says nothing new, and neither does a private attribute that is still its
+    default, or still equal to the container that its factory makes. What is read by its repr counts as left out.
     """
     kind = type(value)
-    has_fields = issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind)
-    if not has_fields and (kind in _BUILT_IN or not issubclass(kind, _BUILT_IN)):
+    if kind in _ALL_READ:
         return False
     try:
-        # The one of `object`, which has what is in slots, too: classes have their own.
-        state = object.__getstate__(value)  # type: ignore[attr-defined,unused-ignore]
-        parts = [each for each in (state if type(state) is tuple else (state,)) if each]
-        found = {name: each for part in parts for name, each in part.items()}
-        private = found.get("__pydantic_private__") or {}
-        attributes = getattr(kind, "__private_attributes__", {})
-        if not all(name in attributes and _is_default(each, attributes[name]) for name, each in private.items()):
-            return True
-        # What `typing` leaves on an object of a generic class: its type.
-        names = {"__orig_class__", *(kind.model_fields if issubclass(kind, BaseModel) else ())}
-        if dataclasses.is_dataclass(kind):
-            names |= {each.name for each in dataclasses.fields(kind)}
-        others = [name for name in found if name not in names and not name.startswith("__pydantic_")]
-        return not all(isinstance(inspect.getattr_static(kind, name, None), cached_property) for name in others)
+        if issubclass(kind, Enum):
+            inner = _enum_value(value)
+            return inner is not value._value_ or holds_more(inner, read)
+        if kind is MappingProxyType:
+            return holds_more(get_referents(value)[0], read)
+        return not _is_read(value, kind, read) or bool(_left_out(value, kind, read))
     except Exception:
         return True
+
+
+def _is_read(value: Any, kind: type[Any], read: Any) -> bool:
+    """True if `read` has all of a value but attributes."""
+    natives = {base.__module__ for base in kind.__mro__ if base not in _READ_NATIVES and _is_native(base)}
+    if not natives <= _READ_MODULES or issubclass(kind, _SCALARS):
+        return natives <= _READ_MODULES
+    if issubclass(kind, _TAGGED):
+        if issubclass(kind, datetime | time) and (value.tzinfo is not None or value.fold) and value.utcoffset() is None:
+            return False
+        # A class in C says more than its base, such as nanoseconds; another one may say less.
+        return bool(natives) or read.text == _tag_of(value, kind, by_base=True)
+    if issubclass(kind, _BUILT_IN):
+        return _READERS.get(kind.items if issubclass(kind, dict) else kind.__iter__) is type(read)
+    return issubclass(kind, Mapping | AbstractSet | BaseModel) or dataclasses.is_dataclass(kind)
+
+
+def _left_out(value: Any, kind: type[Any], read: Any) -> set[str]:
+    """Return the names of the attributes that are not in `read`."""
+    found = attributes_of(value)
+    # What `typing` leaves on an object of a generic class, its type; the module, as on pandas' NaT.
+    names = found.keys() - {"__orig_class__", "__module__"}
+    names -= {name for base in kind.__mro__ if base in _SLOTTED for name in base.__dict__.get("__slots__", ())}
+    if issubclass(kind, Mapping | AbstractSet) and not issubclass(kind, _BUILT_IN):
+        # The dict that a wrapper such as UserDict reads.
+        names -= {name for name in names if type(found[name]) in _BUILT_IN and _ids(found[name]) == _ids(read)}
+    elif not issubclass(kind, _READ_AS_BASE):
+        private = found.get("__pydantic_private__") or {}
+        attributes = getattr(kind, "__private_attributes__", {})
+        fields = kind.model_fields if issubclass(kind, BaseModel) else (each.name for each in dataclasses.fields(kind))
+        names = {name for name in names.difference(fields) if not name.startswith("__pydantic_")}
+        names |= {
+            name for name, each in private.items() if name not in attributes or not _is_default(each, attributes[name])
+        }
+    return {name for name in names if not isinstance(inspect.getattr_static(kind, name, None), cached_property)}
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of `value`, also those in slots, whatever its class says of them."""
+    state = object.__getstate__(value)  # type: ignore[attr-defined,unused-ignore]
+    parts = [each for each in (state if type(state) is tuple else (state,)) if each]
+    return {name: each for part in parts for name, each in part.items()}
+
+
+def _is_native(kind: type[Any]) -> bool:
+    """True if a class is written in C: its objects may hold what is no attribute."""
+    return any(type(each) in _NATIVE_METHODS and each.__objclass__ is kind for each in vars(kind).values())
+
+
+def _ids(items: Any) -> list[int]:
+    return [*map(id, items), *(map(id, items.values()) if type(items) is dict else ())]
 
 
 def _is_default(value: Any, attribute: ModelPrivateAttr) -> bool:
@@ -140,7 +202,8 @@ def _read(value: Any) -> Any:
         return float.__float__(value)
     if issubclass(kind, bytes | bytearray | memoryview):
         return memoryview(value).tobytes()
-    return _tagged(value, kind) or _container(value, kind)
+    text = _tag_of(value, kind)
+    return _container(value, kind) if text is None else Tagged(text)
 
 
 def _read_proxy(value: Any) -> Any:
@@ -161,15 +224,16 @@ def _enum_value(member: Any) -> Any:
         return member._value_
 
 
-def _tagged(value: Any, kind: type[Any]) -> Tagged | None:
+def _tag_of(value: Any, kind: type[Any], *, by_base: bool = False) -> str | None:
     for base, name, method in _TAGS:
         if not issubclass(kind, base):
             continue
         try:
-            text = str.__str__(value.isoformat() if issubclass(base, date | time) else str(value))
+            own = value.isoformat() if issubclass(base, date | time) else str(value)
+            text = method(value) if by_base else str.__str__(own)
         except Exception:
             text = method(value)
-        return Tagged(f"${name}:{escape_surrogates(text)}")
+        return f"${name}:{escape_surrogates(text)}"
     return None
 
 
@@ -177,7 +241,9 @@ def _container(value: Any, kind: type[Any]) -> Any:
     if issubclass(kind, AbstractSet):
         return Members(_items(value))
     if issubclass(kind, Mapping):
-        return dict(_items(value.items()))
+        pairs = _items(value.multi_items() if hasattr(kind, "multi_items") else value.items())
+        members = dict(pairs)
+        return members if len(members) == len(pairs) else _grouped(pairs)
     if issubclass(kind, list | tuple):
         return _items(value)
     if issubclass(kind, BaseModel):
@@ -185,6 +251,14 @@ def _container(value: Any, kind: type[Any]) -> Any:
     if dataclasses.is_dataclass(kind):
         return _attributes(value, (field.name for field in dataclasses.fields(kind)))
     return _UNREADABLE
+
+
+def _grouped(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the members of a form: of several of one name the list."""
+    members: dict[Any, list[Any]] = {}
+    for name, each in pairs:
+        members.setdefault(name, []).append(each)
+    return {name: found if len(found) > 1 else found[0] for name, found in members.items()}
 
 
 def _items(source: Iterable[Any]) -> list[Any]:

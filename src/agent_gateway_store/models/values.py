@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,6 +11,7 @@ from uuid import UUID
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 from agent_gateway_store._text import is_blank, is_cut
+from agent_gateway_store.encoding.plain import holds_more, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +28,14 @@ ApproverId = Annotated[str, AfterValidator(_named)]
 
 Note = Annotated[str, BeforeValidator(lambda given: "" if given is None else given)]
 """What somebody wrote; None is taken as nothing."""
+
+
+def _each_once(arguments: Any) -> Any:
+    # A dict has one value of each name: of a form with two recipients it would keep one.
+    kind = type(arguments)
+    if not issubclass(kind, dict) and issubclass(kind, Mapping) and holds_more(arguments, plain(arguments)):
+        raise ValueError("the mapping may hold more than a dict of it, such as two values of one name: make it a dict")
+    return arguments
 
 
 class ApprovalStatus(StrEnum):
@@ -76,7 +86,7 @@ class ToolCall(FrozenModel):
 
     server: str
     tool: str
-    arguments: dict[str, Any] = {}
+    arguments: Annotated[dict[str, Any], BeforeValidator(_each_once)] = {}
 
     @property
     def is_cut(self) -> bool:
