@@ -173,12 +173,13 @@ def _replace_hidden(text: str, encode: Callable[[str], str], keep: str) -> str:
         seen = seen.replace(each, "")
     if seen.isprintable() and (seen.isascii() or not _BLANK.search(seen)):
         return text
+    hidden = {ord(each): encode(each) for each in set(text) if each not in keep and _is_hidden(each)}
     shown = []
     # `split` with a group gives an emoji sequence at every odd index.
     for index, piece in enumerate(_EMOJI_SEQUENCE.split(text)):
         # The blocks of emoji have unassigned code points, too, which are not printable.
         is_emoji = index % 2 and piece.replace("\ufe0f", "").replace("\u200d", "").isprintable()
-        shown += [each if is_emoji or each in keep or not _is_hidden(each) else encode(each) for each in piece]
+        shown.append(piece if is_emoji else piece.translate(hidden))
     return "".join(shown)
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ async def test_nothing_becomes_markup_and_nothing_is_hidden(running: tuple[Gatew
     """Every payload in every text of a request and an event: no page holds a tag of it, or an unseen character."""
     store, app = running
     alice = await signed_in(store, app)
-    plain = {path: tags(await page(alice, path)) for path in ("/approvals", "/audit")}
+    plain = {path: tags(await text_of(alice, path)) for path in ("/approvals", "/audit")}
     texts_of = [*PAYLOADS, *(f"a{hidden}b" for hidden in HIDDEN)]
     # Several in one text, which is short enough to be shown whole as an id.
     for number in range(0, len(texts_of), 3):
@@ -92,14 +93,16 @@ async def test_nothing_becomes_markup_and_nothing_is_hidden(running: tuple[Gatew
         [event] = await store.audit.search(request_id=request.request_id)
         await alice.decide(request.approval_id, "deny", payload)
         for path in (f"/approvals/{request.approval_id}", f"/audit/{event.id}"):
-            harmless(await page(alice, path))
-        harmless(await page(alice, f"/audit?{httpx.QueryParams({'caller_id': payload, 'text': payload})}"), typed=True)
+            harmless(await text_of(alice, path))
+        harmless(
+            await text_of(alice, f"/audit?{httpx.QueryParams({'caller_id': payload, 'text': payload})}"), typed=True
+        )
     for path in ("/approvals?status=ALL", "/audit"):
-        harmless(await page(alice, path))
-    assert plain["/approvals"] <= tags(await page(alice, "/approvals?status=ALL")) | plain["/approvals"]
+        harmless(await text_of(alice, path))
+    assert plain["/approvals"] <= tags(await text_of(alice, "/approvals?status=ALL")) | plain["/approvals"]
 
 
-async def page(visitor: Visitor, path: str) -> str:
+async def text_of(visitor: Visitor, path: str) -> str:
     """Return the text of a page."""
     answer = await visitor.get(path)
     assert answer.status_code == 200, (path, answer.text[:500])
@@ -139,20 +142,33 @@ def harmless(text: str, *, typed: bool = False) -> None:
     assert all(each.isprintable() or each == "\n" for each in shown), [each for each in shown if not each.isprintable()]
 
 
-async def test_long_values_are_folded_and_whole(running: tuple[GatewayStore, Any]) -> None:
-    """Nothing is cut: the last character of a long argument is on the page of the approval and in the inbox."""
+async def test_long_values_are_whole_on_the_page_of_their_approval_alone(running: tuple[GatewayStore, Any]) -> None:
+    """There nothing is cut; lists, which hold many of them, show how they begin and lead there."""
     store, app = running
-    arguments = {"body": "x" * 30_000 + "THE-END", "lines": [f"line {number}" for number in range(2_000)]}
-    request = await waiting(store, tool_call=ToolCall(server="s", tool="t", arguments=arguments))
     alice = await signed_in(store, app)
+    arguments = {"body": "x" * 30_000 + "THE-END", "lines": [f"line {number}" for number in range(2_000)]}
+    call = ToolCall(server="s", tool="t", arguments=arguments)
+    first = await waiting(store, tool_call=call, risk_explanation="why " * 10_000)
+    await alice.decide(first.approval_id, "deny")
+    many = call.model_copy(update={"arguments": {f"name {number}": number for number in range(101)}})
+    second = await waiting(store, tool_call=many)
+    await waiting(store, tool_call=call.model_copy(update={"tool": "t" * 60_000}))
+    own = f"/approvals/{first.approval_id}"
 
-    for path in ("/approvals", f"/approvals/{request.approval_id}"):
-        text = (await alice.get(path)).text
-        assert "THE-END" in text
-        assert "line 1999" in text
-        assert "<details>" in text
-        assert "show all" in text
-        assert CUT_CALL not in text
+    page, inbox, later = [
+        await text_of(alice, path) for path in (own, "/approvals?status=ALL", f"/approvals/{second.approval_id}")
+    ]
+
+    for word in ("THE-END", "line 1999", "why " * 10_000, "<details><summary><code>", "show all"):
+        assert word in page, word[:20]
+    assert len(inbox) < 10_000
+    assert CUT_CALL not in page + inbox
+    for each in (inbox, later):
+        assert "THE-END" not in each
+        assert re.search(rf'<code>[^<]+xxx…</code> <a href="{own}">show all [0-9,]+ characters</a>', each)
+    # A browser takes half a minute to lay out the most names that can be stored.
+    assert "name 100" in later
+    assert "<dt><code>name 100" not in later
 
 
 async def test_a_call_that_was_not_stored_whole_says_so(running: tuple[GatewayStore, Any]) -> None:
@@ -330,14 +346,56 @@ async def test_a_thousand_wait_and_each_is_reached(running: tuple[GatewayStore, 
         )
     alice = await signed_in(store, app)
 
-    path, found, pages = "/approvals", set[str](), 0
+    path, found, count = "/approvals", set[str](), 0
     while path:
         body = (await alice.get(path)).text
         found |= set(re.findall(r'data-id="([\w-]+)"', body))
         older = re.search(r'rel="next" href="([^"]+)"', body)
-        path, pages = html.unescape(older[1]) if older else "", pages + 1
+        path, count = html.unescape(older[1]) if older else "", count + 1
 
-    assert (len(found), pages) == (1_000, 20)
+    assert (len(found), count) == (1_000, 20)
+
+
+async def test_the_version_of_a_list_changes_exactly_with_the_list(running: tuple[GatewayStore, Any]) -> None:
+    """Browsers compare it in place of texts, whose length agents choose: no time that is left changes it."""
+    store, app = running
+    alice = await signed_in(store, app)
+    elsewhere = store.for_org("elsewhere")
+    paths, requests = ("/approvals", "/approvals?status=ALL"), []
+
+    async def ask(**fields: Any) -> None:
+        requests.append(await waiting(store, expires_at=clock.utc_now() + timedelta(minutes=5), **fields))
+
+    async def vote(approver_id: str) -> None:
+        await store.approvals.approve(approval_id=requests[0].approval_id, approver_id=approver_id)
+
+    async def move(minutes: int) -> None:
+        clock.move(timedelta(minutes=minutes))
+
+    async def ask_for_more_than_a_page() -> None:
+        for _ in range(51):
+            await ask()
+
+    async def versions() -> list[str]:
+        return [re.findall(r'data-version="(\w+)"', await text_of(alice, path))[0] for path in paths]
+
+    seen = await versions()
+    for change, changes in (
+        (partial(ask, required_approvals=2), [True, True]),
+        (partial(move, 1), [False, False]),
+        (partial(waiting, elsewhere, org_id="elsewhere"), [False, False]),
+        (partial(vote, "bob"), [True, True]),
+        (ask, [True, True]),
+        (partial(vote, "carol"), [True, True]),
+        (partial(move, 6), [True, True]),
+        (ask_for_more_than_a_page, [True, True]),
+        (partial(move, 1), [False, False]),
+    ):
+        await change()
+        before, seen = seen, await versions()
+        assert [old != new for old, new in zip(before, seen, strict=True)] == changes, change
+    [script] = re.findall(r'<script src="([^"]+)"', await text_of(alice, "/approvals"))
+    assert not re.search(r"\.(replace|match|matchAll|test|exec|search|split)\(", await text_of(alice, script))
 
 
 async def test_events_tell_of_what_is_new(running: tuple[GatewayStore, Any]) -> None:

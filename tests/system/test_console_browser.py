@@ -183,6 +183,26 @@ def test_new_requests_arrive_and_count_down_to_their_end(site: tuple[str, str, P
         expect(page.get_by_role("heading", name="Expired")).to_be_visible(timeout=30_000)
 
 
+def test_long_arguments_hold_up_nobody(site: tuple[str, str, Path]) -> None:
+    """An agent asks with 60 kB without a blank, again and again: the inbox stays live, and a click is answered."""
+    url, key, folder = site
+    call = ToolCall(server="long", tool="run", arguments={"body": "v" * 60_000})
+    with browser(local=True) as (context, _), store_in(folder) as store:
+        page = sign_in(context, url, key)
+        flood = [make_request(tool_call=call, risk_explanation="v" * 60_000) for _ in range(20)]
+        for request in flood:
+            store.approvals.issue_token(request)
+        expect(page.get_by_role("link", name="long.run")).to_have_count(20, timeout=30_000)
+        quick = ask(store, "quick")
+        expect(page.get_by_role("link", name="live.quick")).to_be_visible(timeout=30_000)
+        page.get_by_role("link", name="live.quick").click()
+        page.get_by_role("button", name="Deny").click()
+        expect(page.get_by_role("heading", name="Denied")).to_be_visible()
+        assert store.approvals.get(approval_id=quick.approval_id).status == "DENIED"
+        for request in flood:
+            store.approvals.cancel(approval_id=request.approval_id, approver_id="test")
+
+
 def test_of_two_browsers_the_second_reads_who_was_first(site: tuple[str, str, Path]) -> None:
     """Both have the form open; the second to send reads the other's name. Enter in the note sends nothing."""
     url, key, folder = site

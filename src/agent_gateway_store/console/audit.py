@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
+from anyio import to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -118,17 +120,17 @@ async def event(request: Request) -> Response:
     found = await _event_of(request, session)
     fields = {name: getattr(found, name) for name in type(found).model_fields}
     approval, doubt = await _approval_of(session, found)
-    return pages.page(
-        request,
-        "event.html",
-        event=found,
-        fields=fields,
-        approval=approval,
-        doubt=doubt,
-        is_other=doubt == _OTHER_HASH,
-        neighbours=await _neighbours(session, found),
-        seal=await _seal_of(session, found),
-    )
+    values: dict[str, Any] = {
+        "event": found,
+        "fields": fields,
+        "approval": approval,
+        "doubt": doubt,
+        "is_other": doubt == _OTHER_HASH,
+        "neighbours": await _neighbours(session, found),
+        "seal": await _seal_of(session, found),
+    }
+    # In a thread: what callers wrote may be as long as can be stored.
+    return await to_thread.run_sync(partial(pages.page, request, "event.html", **values))
 
 
 async def _approval_of(session: Session, found: AuditEvent) -> tuple[ApprovalRequest | None, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from agent_gateway_store.errors import (
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.results import Page
 
 # Chosen: a page that a person reads, and the neighbours of one approval that fit beside it.
 PAGE, _BESIDE = 50, 8
@@ -65,20 +65,26 @@ async def inbox(request: Request) -> Response:
         statuses=[*ApprovalStatus, "ALL"],
         cursor=cursor,
         next_cursor=found.next_cursor,
+        version=_word_of(found),
         replica_age=None if narrowed == ApprovalStatus.PENDING else await pages.replica_age(session),
     )
+
+
+def _word_of(found: Page[ApprovalRequest]) -> str:
+    """Return a word that changes with what a list shows, and not with the time that is left."""
+    # Whatever is changed in an approval raises its version; only that it has expired is seen without one.
+    seen = [f"{each.approval_id} {each.version} {each.status}" for each in found]
+    return hashlib.sha256(f"{seen} {found.next_cursor is None}".encode()).hexdigest()[:16]
 
 
 async def _card(request: Request, asked: ApprovalRequest) -> Markup:
     """Return an approval as the inbox shows it."""
     base, cards = pages.base_of(request), pages.console_of(request).cards
-    # Whatever is changed in an approval raises its version; only that it has expired is seen without one.
     key = (base, asked.approval_id, asked.version, asked.status)
     if (card := cards.get(key)) is None:
-        # In a thread: one caller may ask with arguments of 64 kB as often as a page has room for.
+        # In a thread: one caller may ask with arguments of 256 kB as often as a page has room for.
         card = await to_thread.run_sync(partial(pages.fragment, "_card.html", base=base, asked=asked))
-        with suppress(ValueError):  # it is larger than all that is kept
-            cards[key] = card
+        cards[key] = card
     return card
 
 
@@ -100,7 +106,8 @@ async def _approval_page(
         "is_own": found.caller_id == session.caller_id and not session.store.settings.allow_self_approval,
         **await _surroundings(session, found),
     }
-    return pages.page(request, "approval.html", code=status, **values)
+    # In a thread, as a card: it holds whole what callers may have made as long as can be stored.
+    return await to_thread.run_sync(partial(pages.page, request, "approval.html", code=status, **values))
 
 
 async def _surroundings(session: Session, found: ApprovalRequest) -> dict[str, Any]:
@@ -205,8 +212,7 @@ class Watch:
             found = self._seen.get(session.org_id)
             if found is None:
                 waiting = await session.store.approvals.search(status=ApprovalStatus.PENDING, limit=PAGE)
-                text = "".join(f"{each.approval_id}{each.version}" for each in waiting)
-                found = self._seen[session.org_id] = hashlib.sha256(text.encode()).hexdigest()[:16], len(waiting)
+                found = self._seen[session.org_id] = _word_of(waiting), len(waiting)
         return found
 
 

@@ -26,7 +26,7 @@ from agent_gateway_store.store import GatewayStore
 
 # Characters of a value that are read at a glance; above it is folded, whole, below a line that tells its length.
 _FOLD, _PREVIEW = 1_500, 120
-# Chosen: several thousand cards, or two pages of the largest.
+# Chosen: several thousand cards, or ten pages of the largest.
 _CARDS_CHARS = 2**24
 # A chart takes a quarter of a second of processor time, and a page shows four of them to everybody.
 _CHARTS, _CHARTS_S = 64, 60.0
@@ -171,6 +171,7 @@ def _environment() -> Environment:
         iso=lambda value: value and value.astimezone(UTC).isoformat(timespec="milliseconds"),
         json=partial(_text.json_text, indent=2),
         folded=_folded,
+        short=_short,
         lines=partial(_text.escape, keep="\n"),
         # The value that came with a form field: what is shown escaped would be sent back escaped.
         raw=lambda value: Markup.escape(str(value)),
@@ -196,8 +197,13 @@ def utc_text(value: datetime | None) -> str:
     return "" if value is None else value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def _short(text: _text.Shown) -> _text.Shown:
+    return text if len(text) <= _FOLD else _text.Shown(f"{text[:_FOLD]}…")
+
+
 def _folded(value: Any) -> Mapping[str, Any]:
     """Return a value as text that is whole, and whether it is too long to be read at a glance."""
     text = value if isinstance(value, _text.Shown) else _text.json_text(value, indent=2)
     what = "what is stored of it," if _text.is_cut(value) else "all"
-    return {"text": text, "is_long": len(text) > _FOLD, "preview": text[:_PREVIEW], "length": len(text), "what": what}
+    preview = _text.Shown(text[:_PREVIEW])
+    return {"text": text, "is_long": len(text) > _FOLD, "preview": preview, "length": len(text), "what": what}

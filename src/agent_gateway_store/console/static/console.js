@@ -24,7 +24,6 @@
   if (!body.dataset.events || !live()) return;
 
   const ids = (root) => new Set([...root.querySelectorAll("[data-id]")].map((each) => each.dataset.id));
-  const text = (root) => root.textContent.replace(/\s+/g, " ").replace(/\S+ left|expired|until [\d-]+ [\d:]+ UTC/g, "");
 
   function isBusy(root) {
     const note = root.querySelector("textarea");
@@ -51,11 +50,11 @@
       if (!answer.ok) return;
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("[data-live]");
       const shown = live();
-      if (!fresh) return;
-      const version = shown.dataset.version;
-      if (version === undefined ? text(fresh) === text(shown) : version === fresh.dataset.version) return;
+      // What agents wrote is never compared here: they choose how long it is.
+      if (!fresh || fresh.dataset.version === shown.dataset.version) return;
       const before = ids(shown), arrived = [...ids(fresh)].filter((id) => !before.has(id)).length;
-      const words = version !== undefined ? "This request has changed." : arrived ? `${arrived} new.` : "The list has changed.";
+      const list = arrived ? `${arrived} new.` : "The list has changed.";
+      const words = shown.querySelector(".requests") ? list : "This request has changed.";
       if (isBusy(shown)) { offer(words); return; }
       shown.replaceWith(document.adoptNode(fresh));
       for (const each of fresh.querySelectorAll("[data-id]")) each.classList.toggle("fresh", !before.has(each.dataset.id));
