@@ -102,7 +102,7 @@ async def test_a_form_of_another_site_or_session_does_nothing(running: tuple[Gat
     form = {"decision": "approve", "csrf": right}
 
     answers = [
-        await alice.post(path, form | {"csrf": ""}),
+        await alice.post(path, form | {"csrf": "", "note": "kept <b>"}),
         await alice.post(path, form | {"csrf": await bob.csrf()}),
         await alice.post(path, {"decision": "approve"}),
         await alice.post(path, form, headers={"Origin": "https://evil.example"}),
@@ -113,6 +113,7 @@ async def test_a_form_of_another_site_or_session_does_nothing(running: tuple[Gat
     ]
 
     assert [answer.status_code for answer in answers] == [403] * 8
+    assert "kept &lt;b&gt;</textarea>" in answers[0].text
     assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"
     assert (await alice.post(path, form, headers={"Origin": URL})).status_code == 303
 

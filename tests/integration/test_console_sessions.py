@@ -227,12 +227,12 @@ async def test_an_address_of_ipv6_counts_with_its_network(
 async def test_a_decision_after_the_end_of_a_session_says_that_nothing_was_recorded(
     running: tuple[GatewayStore, Any],
 ) -> None:
-    """And leads back to the approval once one has signed in again."""
+    """And shows the note, and leads back to the approval once one has signed in again."""
     store, app = running
     request, key = await waiting(store), await key_of(store)
     alice = Visitor(app)
     await alice.sign_in(key)
-    form = {"decision": "deny", "note": "no", "csrf": await alice.csrf()}
+    form = {"decision": "deny", "note": "no <b>&", "csrf": await alice.csrf()}
     await alice.post("/logout", {"csrf": form["csrf"]})
 
     answer = await alice.post(f"/approvals/{request.approval_id}/decision", form)
@@ -241,5 +241,6 @@ async def test_a_decision_after_the_end_of_a_session_says_that_nothing_was_recor
 
     assert answer.status_code == 401
     assert "Your session had ended: nothing was recorded." in answer.text
+    assert "readonly>\nno &lt;b&gt;&amp;</textarea>" in answer.text
     assert again.headers["location"] == f"/approvals/{request.approval_id}"
     assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"

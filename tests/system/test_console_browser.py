@@ -242,6 +242,7 @@ def test_a_note_is_not_lost_when_the_session_ends(site: tuple[str, str, Path]) -
         expect(page.get_by_label("Note")).to_have_value("A careful reason.")
         page.get_by_role("button", name="Deny").click()
         expect(page.get_by_role("alert")).to_contain_text("Your session had ended: nothing was recorded.")
+        expect(page.get_by_label("Your note")).to_have_value("A careful reason.")
         page.fill("#key", key)
         page.get_by_role("button", name="Sign in").click()
         expect(page).to_have_url(f"{url}/approvals/{request.approval_id}")

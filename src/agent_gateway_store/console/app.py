@@ -118,10 +118,10 @@ async def _ready(request: Request) -> Response:
 
 async def _refused(request: Request, exc: HTTPException) -> Response:
     if exc.status_code == 401:
-        return _to_login(request)
+        return await _to_login(request)
     titles = {400: "Not understood", 403: "Not allowed", 404: "Not found", 405: "Not allowed"}
     texts = {
-        403: "This form is not from your session. Go back, load the page again, and decide anew.",
+        403: "This form is not from your session. Go back, and load the page again.",
         404: "There is no such page. What belongs to another organisation looks the same.",
     }
     is_ours = exc.detail and exc.detail not in ("Not Found", "Forbidden", "Method Not Allowed")
@@ -131,7 +131,7 @@ async def _refused(request: Request, exc: HTTPException) -> Response:
     return response
 
 
-def _to_login(request: Request) -> Response:
+async def _to_login(request: Request) -> Response:
     if request.url.path.endswith("/events"):
         return PlainTextResponse("Sign in.", 401)
     if request.headers.get("sec-fetch-site") == "cross-site" and COOKIE not in request.cookies:
@@ -140,7 +140,8 @@ def _to_login(request: Request) -> Response:
     path = request.url.path.removeprefix(pages.base_of(request))
     if path.endswith("/decision"):
         ended = "Your session had ended: nothing was recorded."
-        return _login_page(request, path.removesuffix("/decision"), status=401, error=ended)
+        note = (await pages.form_of(request)).get("note", "")
+        return _login_page(request, path.removesuffix("/decision"), status=401, error=ended, note=note)
     query = f"?{request.url.query}" if request.url.query else ""
     following = f"?next={quote(path + query, safe='')}" if request.method == "GET" else ""
     return pages.to(request, f"/login{following}")
@@ -159,19 +160,25 @@ async def _away(request: Request, exc: Exception) -> Response:
     logger.warning("The console has no database: %s", exc)
     if request.url.path.endswith("/events"):
         return PlainTextResponse("away", 503)
-    is_form = request.method == "POST"
     text = "The database is away. This page tries again by itself."
-    if is_form:
+    form = {}
+    if request.method == "POST":
         text = "The database is away, and it is not known whether what you sent was recorded. Look again below."
+        form = await pages.form_of(request)
     path = request.url.path.removeprefix(pages.base_of(request)).removesuffix("/decision")
     query = f"?{request.url.query}" if request.url.query else ""
     retry = "/approvals" if path == "/logout" else path + query
-    return pages.message(request, "The database is away", text, status=503, retry=retry)
+    if path == "/login":
+        text = "The database is away, and you are not signed in. Try again below."
+        retry = f"/login?next={quote(form.get('next', ''), safe='')}"
+    return pages.message(request, "The database is away", text, status=503, retry=retry, note=form.get("note", ""))
 
 
-def _login_page(request: Request, following: str, *, status: int = 200, error: str = "") -> HTMLResponse:
+def _login_page(
+    request: Request, following: str, *, status: int = 200, error: str = "", note: str = ""
+) -> HTMLResponse:
     """Return the form to sign in, which then leads to `following` if that is a path of the console."""
-    return pages.page(request, "login.html", code=status, error=error, following=_own_path(following))
+    return pages.page(request, "login.html", code=status, error=error, following=_own_path(following), note=note)
 
 
 async def _show_login(request: Request) -> Response:

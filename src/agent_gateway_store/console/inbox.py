@@ -142,9 +142,10 @@ async def decide(request: Request) -> Response:
     """`POST /approvals/{approval_id}/decision`: 303 back to the approval; 409 names who was first."""
     session = await pages.session_of(request)
     form = await pages.form_of(request)
-    if not is_right(session, form.get("csrf", "")):
-        raise HTTPException(403)
     approvals, note = session.store.approvals, form.get("note", "").replace("\r\n", "\n").strip()
+    if not is_right(session, form.get("csrf", "")):
+        foreign = "This form was not from your session: decide anew."
+        return await _approval_page(request, session, status=403, said=foreign, note=note)
     verbs = {"approve": approvals.approve, "deny": approvals.deny}
     verb = form.get("decision", "")
     if verb not in verbs:

@@ -123,13 +123,16 @@ async def replica_age(session: Session) -> str | None:
     return f"{age_s:.0f} s"
 
 
-def message(request: Request, title: str, text: str, *, status: int, retry: str | None = None) -> HTMLResponse:
+def message(
+    request: Request, title: str, text: str, *, status: int, retry: str | None = None, note: str = ""
+) -> HTMLResponse:
     """Return a page that says one thing.
 
     Args:
-        retry: Path that the page tries again by itself every few seconds.
+        retry: Path that the page tries again by itself every few seconds, unless there is a note.
+        note: What was written into a form, for copying.
     """
-    response = page(request, "message.html", code=status, title=title, text=text, retry=retry)
+    response = page(request, "message.html", code=status, title=title, text=text, retry=retry, note=note)
     if retry is not None:
         response.headers["Retry-After"] = "5"
     return response
