@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import secrets
@@ -14,6 +15,7 @@ from console_helpers import Visitor, console, key_of, signed_in, status, waiting
 from pydantic import ValidationError
 
 from agent_gateway_store import ApprovalScope, GatewayStore, StoreSettings, ToolCall
+from agent_gateway_store.console import safety
 from agent_gateway_store.console.sessions import COOKIE
 from agent_gateway_store.models.approval import hash_approval
 from builders import make_event
@@ -108,13 +110,18 @@ async def test_an_approval_that_was_changed_after_its_call_is_not_shown_as_seale
     assert after == [[True, False], [False, False]]
 
 
-async def test_a_form_that_ends_too_early_decides_nothing(running: Running) -> None:
-    """A connection that is cut in the middle of the note."""
+@pytest.mark.parametrize(("is_cut", "answer"), [(True, 413), (False, 408)], ids=["cut", "slow"])
+async def test_a_form_that_ends_too_early_decides_nothing(
+    running: Running, monkeypatch: pytest.MonkeyPatch, is_cut: bool, answer: int
+) -> None:
+    """A connection that is cut in the middle of the note; one on which the rest never comes is not held for long."""
     store, app = running
+    monkeypatch.setattr(safety, "BODY_S", 30.0 if is_cut else 0.05)
     request = await waiting(store)
     alice = await signed_in(store, app)
     form = f"decision=approve&csrf={await alice.csrf()}&note=on+condi".encode()
-    messages = [{"type": "http.request", "body": form, "more_body": True}, {"type": "http.disconnect"}]
+    messages: list[dict[str, Any]] = [{"type": "http.request", "body": form, "more_body": True}]
+    messages += [{"type": "http.disconnect"}] * is_cut
     sent: list[dict[str, Any]] = []
     cookie = f"{COOKIE}={alice.client.cookies[COOKIE]}"
     headers = {"host": "console.test", "cookie": cookie, "content-type": "application/x-www-form-urlencoded"}
@@ -135,14 +142,18 @@ async def test_a_form_that_ends_too_early_decides_nothing(running: Running) -> N
     }
 
     async def receive() -> dict[str, Any]:
+        if not messages:
+            await asyncio.Event().wait()
         return messages.pop(0)
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await app(scope, receive, send)
+    async with asyncio.timeout(10):
+        await app(scope, receive, send)
 
-    assert sent[0]["status"] == 413
+    assert sent[0]["status"] == answer
+    assert ((b"connection", b"close") in sent[0]["headers"]) == (not is_cut)
     assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"
 
 

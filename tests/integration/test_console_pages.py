@@ -22,7 +22,7 @@ from sqlalchemy import text
 
 from agent_gateway_store import GatewayStore, ToolCall, clock
 from agent_gateway_store._text import CUT_CALL
-from agent_gateway_store.console import create_console
+from agent_gateway_store.console import create_console, pages
 from agent_gateway_store.console.audit import FILTERS
 from agent_gateway_store.console.sessions import COOKIE
 from agent_gateway_store.errors import StoreUnavailableError
@@ -283,13 +283,15 @@ class _Away:
     """A store whose database can be taken away."""
 
     def __init__(self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.is_away = False
+        self.is_away = self.hangs = False
         connection = store.database.read
 
         @asynccontextmanager
         async def read() -> AsyncIterator[Any]:
             if self.is_away:
                 raise StoreUnavailableError("The database cannot be reached.")
+            if self.hangs:
+                await asyncio.Event().wait()
             async with connection() as found:
                 yield found
 
@@ -299,25 +301,42 @@ class _Away:
 async def test_a_database_that_is_away_is_told_and_its_return_is_noticed(
     running: tuple[GatewayStore, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page tries again by itself without a script, keeps the address, and says nothing of the cause."""
+    """The page tries again by itself without a script, keeps the address, and says nothing of the cause.
+
+    A note that was sent stays on the screen; a sign-in leads on to where it would have led, and counts as no failure.
+    """
     store, app = running
     request = await waiting(store)
     alice = await signed_in(store, app)
-    csrf = await alice.csrf()
+    csrf, key = await alice.csrf(), await key_of(store, "bob")
+    decision, sent = f"/approvals/{request.approval_id}/decision", {"decision": "approve", "csrf": csrf}
     database = _Away(store, monkeypatch)
 
     database.is_away = True
     answer = await alice.get("/audit?caller_id=x")
-    form = await alice.post(f"/approvals/{request.approval_id}/decision", {"decision": "approve", "csrf": csrf})
+    form, noted = [await alice.post(decision, sent | note) for note in ({}, {"note": "<b>&"})]
+    entries = [await alice.post("/login", {"key": key, "next": "/audit?text=a&since=1d"}) for _ in range(11)]
     health = [await status(alice, path) for path in ("/healthz", "/readyz")]
     database.is_away = False
 
     assert (answer.status_code, form.status_code, health) == (503, 503, [200, 503])
     assert 'http-equiv="refresh" content="5;url=/audit?caller_id=x"' in answer.text
     assert f'content="5;url=/approvals/{request.approval_id}"' in form.text
+    assert "not known whether" in form.text
+    assert "readonly>\n&lt;b&gt;&amp;</textarea>" in noted.text
+    assert 'http-equiv="refresh"' not in noted.text
+    assert {each.status_code for each in entries} == {503}
+    assert 'content="5;url=/login?next=%2Faudit%3Ftext%3Da%26since%3D1d"' in entries[0].text
+    assert "you are not signed in" in entries[0].text
     assert "reached" not in answer.text
     assert await status(alice, "/audit?caller_id=x") == 200
     assert await status(alice, "/readyz") == 200
+    monkeypatch.setattr(pages, "SESSION_S", 0.05)
+    database.hangs = True
+    async with asyncio.timeout(10):
+        assert await status(alice, "/approvals") == 503
+    database.hangs = False
+    assert (await Visitor(app).sign_in(key)).status_code == 303
 
 
 async def test_the_console_starts_before_its_database(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -180,6 +182,21 @@ async def test_many_wrong_keys_are_stopped(running: tuple[GatewayStore, Any]) ->
     assert answers == [403] * 10 + [429] * 2
     assert (await guesser.sign_in(key)).status_code == 429
     assert (await Visitor(app, address="198.51.100.8").sign_in(key)).status_code == 303
+
+
+async def test_keys_that_are_sent_at_once_are_refused_like_keys_one_after_another(
+    running: tuple[GatewayStore, Any],
+) -> None:
+    """Ten of them are judged; right ones, of whom any number may come from one address, count for nothing."""
+    store, app = running
+    right, wrong = await key_of(store), await key_of(store, "bob", role="developer")
+    address = "198.51.100.7"
+    entered = [(await Visitor(app, address=address).sign_in(right)).status_code for _ in range(12)]
+
+    answers = await asyncio.gather(*(Visitor(app, address=address).sign_in(wrong) for _ in range(30)))
+
+    assert entered == [303] * 12
+    assert Counter(answer.status_code for answer in answers) == {403: 10, 429: 20}
 
 
 async def test_ten_refused_keys_stop_an_address_for_a_minute_and_fewer_never(running: tuple[GatewayStore, Any]) -> None:

@@ -192,7 +192,7 @@ async def _login(request: Request) -> Response:
     address, form = address_of(request), await pages.form_of(request)
     following = form.get("next", "")
     if console.sessions.is_limited(address):
-        refused = "Too many keys were refused: wait a minute, then try again."
+        refused = "Too many keys were refused, or are being checked: wait a minute, then try again."
         response = _login_page(request, following, status=429, error=refused)
         response.headers["Retry-After"] = "60"
         return response

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from agent_gateway_store import _text
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.console.sessions import COOKIE, Session, Sessions
+from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.results.cells import tone_of
 from agent_gateway_store.store import GatewayStore
 
@@ -32,6 +34,8 @@ _CARDS_CHARS = 2**24
 _CHARTS, _CHARTS_S = 64, 60.0
 # Chosen: our largest form has four fields.
 _FIELDS = 20
+# Chosen: every page first reads three rows by their ids, and longer only a database that hangs lets people wait.
+SESSION_S = 5.0
 _STATIC = {"console.css": "text/css", "console.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
@@ -65,7 +69,11 @@ async def session_of(request: Request) -> Session:
         HTTPException: 401 if nobody is.
         StoreUnavailableError: The database is away.
     """
-    session = await console_of(request).sessions.find(request.cookies.get(COOKIE))
+    try:
+        async with asyncio.timeout(SESSION_S):
+            session = await console_of(request).sessions.find(request.cookies.get(COOKIE))
+    except TimeoutError as exc:
+        raise StoreUnavailableError("The database did not answer in time: see whether it hangs.") from exc
     if session is None:
         raise HTTPException(401)
     request.state.session = session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from urllib.parse import urlsplit, urlunsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # Bytes: a note of 20,000 characters, as an approval takes at most on a page, in three bytes each, of which a form makes
 # nine (`%E4%BD%A0`), and the other fields.
 MAX_BODY = 200_000
+# Seconds that a form may take to arrive. Chosen: a whole one at the speed of a bad phone line.
+BODY_S = 30.0
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -58,11 +61,18 @@ class Safety:
 
         refusal = self._refusal(scope)
         if refusal is None and scope["method"] not in _READING:
-            body = await _read(receive)
-            if body is None:
-                refusal = PlainTextResponse("The form is too large, or not whole.", 413)
+            try:
+                async with asyncio.timeout(BODY_S):
+                    body = await _read(receive)
+            except TimeoutError:
+                # The rest is not waited for; HTTP/2 knows no such header.
+                close = {"Connection": "close"} if scope["http_version"].startswith("1") else {}
+                refusal = PlainTextResponse("The form took too long to arrive: send it again.", 408, close)
             else:
-                receive = _Again(body, receive)
+                if body is None:
+                    refusal = PlainTextResponse("The form is too large, or not whole.", 413)
+                else:
+                    receive = _Again(body, receive)
         await (refusal or self._app)(scope, receive, send_guarded)
 
     def _refusal(self, scope: Scope) -> PlainTextResponse | None:
@@ -95,7 +105,7 @@ class _Again:
 
 async def _read(receive: Receive) -> bytes | None:
     """Return the body; None as soon as it is too large, whatever its headers said, or ends before it is whole."""
-    body: bytes = b""
+    body = bytearray()
     while True:
         message = await receive()
         if message["type"] != "http.request":
@@ -104,7 +114,7 @@ async def _read(receive: Receive) -> bytes | None:
         if len(body) > MAX_BODY:
             return None
         if not message.get("more_body"):
-            return body
+            return bytes(body)
 
 
 def _path_of(target: str) -> str:

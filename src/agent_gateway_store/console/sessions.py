@@ -92,7 +92,7 @@ class Sessions:
         self._failures: TTLCache[str, list[int]] = TTLCache(_ADDRESSES, _FAILURES_S, timer=clock.monotonic)
 
     def is_limited(self, address: str) -> bool:
-        """Return True while an address has failed too often; counted in this process."""
+        """Return True while an address has failed, or is trying, too often; counted in this process."""
         return self._failures.get(_network_of(address), [0])[0] >= _FAILURES
 
     async def sign_in(self, key: str, *, address: str) -> str:
@@ -102,15 +102,20 @@ class Sessions:
             InvalidApiKeyError: The key is not accepted, or its role may not use the console; one answer for both.
             StoreUnavailableError: The database is away.
         """
+        # An entry that is set again would begin its minute anew.
+        failures = self._failures.setdefault(_network_of(address), [0])
+        # Each counts until it proves right, or a thousand that are sent at once would all be judged.
+        failures[0] += 1
         try:
             identity = await self._store.keys.verify(key.strip())
             if identity.role not in self._roles:
                 raise InvalidApiKeyError
         except InvalidApiKeyError:
-            # An entry that is set again would begin its minute anew.
-            self._failures.setdefault(_network_of(address), [0])[0] += 1
+            failures[0] += 1
             logger.warning("Sign-in to the console refused, from %s.", _text.escape(address))
             raise
+        finally:
+            failures[0] -= 1
         reading = await self._store.for_org(identity.org_id).keys.read(identity.caller_id)
         session_id = secrets.token_urlsafe(32)
         await self._write(_SIGN_IN, session_id, reading, address)
