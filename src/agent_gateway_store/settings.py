@@ -227,7 +227,11 @@ class StoreSettings(EnvironmentSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read each name with the prefix first, then without it; an argument of another name is refused."""
         given = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
-        for name in given.keys() - cls.model_fields.keys():
+        # A subclass may take further names: what its `extra` allows, or aliases of its fields.
+        takes_more = cls.model_config.get("extra") != "ignore" or any(
+            each.validation_alias for each in cls.model_fields.values()
+        )
+        for name in () if takes_more else given.keys() - cls.model_fields.keys():
             close = get_close_matches(name, cls.model_fields, n=1)
             raise TypeError(f"There is no setting {name}{f': did you mean {close[0]}?' if close else '.'}")
         # pydantic-settings knows one prefix for each source, so each source is there twice.

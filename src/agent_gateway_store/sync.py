@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 from agent_gateway_store._concurrency import require_native_threads
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.audit import AuditManager
-from agent_gateway_store.audit.calls import RecordedCall
+from agent_gateway_store.audit.calls import RecordedCall, is_kind
 from agent_gateway_store.delivery import NotificationManager
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.evidence.manager import EvidenceManager
@@ -155,8 +155,7 @@ class _BlockingCall:
 
     def __call__(self, tool: F) -> F:
         """Return `tool` as a function whose calls are recorded; TypeError if its calls only begin something."""
-        kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
-        if any(is_kind(tool) for is_kind in kinds):
+        if is_kind(tool, inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction):
             raise TypeError("The blocking store records calls of plain functions: take `GatewayStore` for async ones.")
 
         @_like(tool)

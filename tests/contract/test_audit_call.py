@@ -140,6 +140,16 @@ async def test_a_cancelled_call_is_recorded(store: GatewayStore) -> None:
     assert (await only(store)).execution_status == "CANCELLED"
 
 
+# The same error each time, as of a task that several wait for.
+LATE = RuntimeError()
+LATE.__cause__ = TimeoutError()
+
+
+class Caller:
+    async def __call__(self) -> int:
+        return 3
+
+
 async def fails() -> None:
     raise Broken
 
@@ -152,6 +162,11 @@ async def fails_in_a_group() -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(fails())
         await waits()
+
+
+async def fails_while_a_group_waits() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fails())
 
 
 async def is_cancelled() -> None:
@@ -170,6 +185,24 @@ async def stumbles_when_cancelled() -> None:
         await is_cancelled()
     except asyncio.CancelledError:
         raise Broken from None
+
+
+async def fails_at_its_end() -> None:
+    try:
+        await waits()
+    finally:
+        raise Broken
+
+
+async def is_cancelled_in_a_group_that_fails() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fails_at_its_end())
+        await asyncio.sleep(0)
+        await is_cancelled()
+
+
+async def is_late_as_before() -> None:
+    raise LATE
 
 
 async def after(before: Callable[[], Awaitable[None]], call: Callable[[], Awaitable[None]]) -> None:
@@ -201,12 +234,15 @@ async def in_an_ended_scope(_before: Callable[[], Awaitable[None]], call: Callab
             for tool, status in (
                 (fails, "TOOL_ERROR"),
                 (fails_in_a_group, "TOOL_ERROR"),
+                (fails_while_a_group_waits, "TOOL_ERROR"),
                 (is_late, "TIMEOUT"),
                 (is_cancelled, "CANCELLED"),
                 (stumbles_when_cancelled, "CANCELLED"),
+                (is_cancelled_in_a_group_that_fails, "CANCELLED"),
             )
         ),
         (in_an_ended_scope, waits, fails, "TOOL_ERROR"),
+        (while_handling, is_late_as_before, is_late_as_before, "TIMEOUT"),
     ],
 )
 async def test_what_happens_around_a_call_is_not_how_it_ends(
@@ -258,8 +294,8 @@ async def test_a_decorator_records_each_call(store: GatewayStore) -> None:
     async def generator() -> AsyncIterator[int]:
         yield 1
 
-    assert [await tool(1), await tool(2)] == [1, 2]
-    assert len(await store.audit.list_recent()) == 2
+    assert [await tool(1), await asyncio.create_task(tool(2)), await record(Caller())()] == [1, 2, 3]
+    assert len(await store.audit.list_recent()) == 3
     wrong: list[Any] = [generator, lambda: 1]
     for each in wrong:
         with pytest.raises(TypeError, match=f"make {each.__name__} an `async def`"):
@@ -359,5 +395,6 @@ def test_the_blocking_twin_records_a_call(database_url: str) -> None:
         record = store.audit.call(CALL, CALLER, decision="ALLOW")
         assert [record(abs)(-1), record(abs)(-2)] == [1, 2]
         assert len(store.audit.list_recent()) == 6
-        with pytest.raises(TypeError, match="plain functions"):
-            record(fails)
+        for wrong in (fails, Caller()):
+            with pytest.raises(TypeError, match="plain functions"):
+                record(wrong)

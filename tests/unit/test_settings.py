@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
+from pydantic_settings import SettingsConfigDict
 
 from agent_gateway_store.plugins.apprise import AppriseSettings
 from agent_gateway_store.plugins.slack.api import SlackSettings
@@ -126,6 +127,15 @@ def test_unknown_names_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> No
     assert not hasattr(StoreSettings(), "no_such_setting")
     with pytest.raises(TypeError, match=r"no setting audit_moed: did you mean audit_mode\?"):
         StoreSettings(audit_moed="strict")  # type: ignore[call-arg]
+
+    class Open(StoreSettings):
+        model_config = SettingsConfigDict(extra="allow")
+
+    class Aliased(StoreSettings):
+        team: str = Field("", validation_alias="OUR_TEAM")
+
+    assert Open.model_validate({"team": "x"}).model_extra == {"team": "x"}
+    assert Aliased(OUR_TEAM="x").team == "x"
 
 
 PASSWORD = "s3cr3t-word"

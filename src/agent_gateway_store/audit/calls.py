@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -127,13 +127,13 @@ class RecordedCall:
         self._event: AuditEvent | None = None
         self.handled: BaseException | None = None
 
-    def __call__(self, tool: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    def __call__(self, tool: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Return `tool` as a function whose calls are recorded.
 
         Raises:
             TypeError: It is no coroutine function, so that calling it is not all of the call.
         """
-        if not inspect.iscoroutinefunction(tool):
+        if not is_kind(tool, inspect.iscoroutinefunction):
             raise TypeError(f"Only calls of a coroutine function can be recorded: make {_name(tool)} an `async def`.")
 
         @wraps(tool)
@@ -199,13 +199,16 @@ class CallStart:
 
     def status_of(self, exc: BaseException) -> ExecutionStatus:
         """Return how a call ended whose tool raised `exc`."""
-        own = list(_causes(exc, [each for each in self._outer if each is not exc]))
+        # A tool may raise once more what is handled outside, with its causes.
+        own = list(_causes(exc, () if any(each is exc for each in self._outer) else self._outer))
         cancellations, is_in_ended_scope = _cancellations()
         # A tool that is cancelled may raise an error of its own while it ends.
         is_cancelled = is_in_ended_scope > self._is_in_ended_scope or cancellations > self._cancellations
         if sys.version_info < (3, 13) and not is_in_ended_scope:
-            # A TaskGroup that fails leaves behind the cancellation by which it woke its own task.
-            is_cancelled &= not any(isinstance(each, BaseExceptionGroup) for each in own)
+            # A TaskGroup that fails leaves behind the cancellation by which it woke its own task, which is no cause.
+            kinds = asyncio.CancelledError, BaseExceptionGroup
+            is_raised, is_of_group = (any(isinstance(each, kind) for each in own) for kind in kinds)
+            is_cancelled &= is_raised or not is_of_group
         if is_cancelled or isinstance(exc, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
             return ExecutionStatus.CANCELLED
         # Frameworks raise an error of their own for a tool that takes too long, with the TimeoutError as its cause, or
@@ -247,6 +250,11 @@ async def run_tool(tool: Callable[[], Awaitable[T]]) -> T:
             f"The tool returned {type(made).__name__}, which cannot be awaited: make {_name(tool)} an `async def`."
         )
     return await made
+
+
+def is_kind(tool: Callable[..., object], *kinds: Callable[[object], bool]) -> bool:
+    """Return whether `tool`, or for an object its `__call__`, is a function of one of these kinds."""
+    return any(kind(each) for kind in kinds for each in (tool, type(tool).__call__))
 
 
 def _name(tool: object) -> str:
