@@ -28,7 +28,7 @@ PREFIX = "AGENT_GATEWAY_STORE_"
 
 # Parameters of a URL that are shown, with values of theirs. Any other value may be a password that was put there.
 _SHOWN = re.compile(
-    r"(?i)(?:host|user|\w+_?name|passfile|sslcert|sslrootcert|sslkey|ssl_certfile|ssl_keyfile|ssl_ca_\w+)=[^;#]*"
+    r"(?i)(?:host|user|\w+_?name|passfile|sslcert|sslrootcert|sslkey|ssl_certfile|ssl_keyfile|ssl_ca_\w+)=[^;#?=]*"
     r"|(?:port|db|protocol|max_connections|\w+_(?:timeout|interval|size))=\d{1,5}"
     r"|(?:ssl|sslmode|ssl_cert_reqs|target_session_attrs|listen|pgbouncer|uri|mode|cache)="
     r"(?:1|true|yes|on|0|false|no|off|disable|allow|prefer|require|verify-ca|verify-full|any|primary|standby|read-write"
@@ -40,11 +40,12 @@ def mask_url(url: str) -> str:
     """Return `url`, or what was meant as one, with every password in it, and what may be one, shown as `***`."""
     # Up to the last @: a password may hold an @ that should have been escaped, and the scheme may be missing.
     login, at, place = url.rpartition("@")
-    if re.search(r"(?s)\?.*=", login):
+    if "=" in login.partition("?")[2]:
         # A parameter with an @ in it, or a password with a ?: nobody can tell.
         return re.sub(r"(?s)^((?:[\w+.-]*://)?[^:?]*).*", r"\1***", url)
-    login = re.sub(r"(?s)^((?:[\w+.-]*://)?[^:]*:)(?!//).*", r"\1***", login)
-    place, mark, query = place.partition("?")
+    # A quote or a name may stand before the scheme, and another sign in place of the ?.
+    login = re.sub(r"(?s)^((?:[^:]*://)?[^:]*:)(?!//).*", r"\1***", login)
+    place, mark, query = [*re.split(r"(\?|(?:^|[&;#\s])(?=\w+=))", place, maxsplit=1), "", ""][:3]
     parts = [each if _SHOWN.fullmatch(each) else re.sub(r"(?s)^(\w*=)?.+", r"\1***", each) for each in query.split("&")]
     return f"{login}{at}{place}{mark}{'&'.join(parts)}"
 

@@ -167,6 +167,13 @@ PASSWORD = "s3cr3t-word"
         f"host:{PASSWORD}?x=http://y@host/db",
         f"user:a?b@host/db?bogus={PASSWORD}",
         f"redis://host:6379/0?bogus={PASSWORD}",
+        f"postgresql://host/db;password={PASSWORD}",
+        f"postgresql://host/db&password={PASSWORD}",
+        f"postgresql://host/db?host=one?password={PASSWORD}",
+        f"postgresql://host/db?user=u,password={PASSWORD}",
+        f"'postgresql://user:{PASSWORD}@host/db'",
+        f"DATABASE_URL=postgresql://user:{PASSWORD}@host/db",
+        f"host=one password={PASSWORD}",
     ],
 )
 def test_no_password_shows(url: str) -> None:
