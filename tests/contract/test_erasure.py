@@ -167,15 +167,20 @@ async def test_an_id_that_holds_a_hash_is_replaced(store: GatewayStore) -> None:
         await store.audit.write(make_event(request_id=request_id))
         await store.audit.write(secret_event(request_id=request_id))
         await store.audit.write(secret_event(request_id=request_id, risk_labels=[MARK, REUSED_LABEL]))
-    reused = [e.request_id async for e in store.audit.stream(risk_label=REUSED_LABEL)]
+    events = [each async for each in store.audit.stream(risk_label=REUSED_LABEL)]
+    reused, copies = [each.request_id for each in events], store.for_org("of-copies")
     erased = [await store.retention.erase(each, reason="r", by="dpo") for each in reused]
+    # Under the same ids, whose hashes are those of the first organisation.
+    await copies.audit.write_many(events)
+    for each in reused:
+        await copies.retention.erase(each, reason="r", by="dpo")
     after = await everything(store)
     assert [each.request_id for each in erased] == [
         f"{given[:-65]}~erased-{each.position}" for given, each in zip(reused, erased, strict=True)
     ]
     assert [each for each in reused if each in after] == []
     assert await store.audit.get_by_request_id("r-1~erased-1") is not None
-    assert (await store.evidence.verify()).erased == 6
+    assert (await store.evidence.verify()).erased == 12
 
 
 @WITH_REDIS
@@ -185,8 +190,8 @@ async def test_an_id_that_only_looks_as_if_it_held_a_hash_is_kept(
 ) -> None:
     """A long one, which is stored so, or as its caller chose it: approvals and late arrivals are found by it."""
     folder = tmp_path / "a" if archived else None
-    given = {"y" * 513: [MARK], "job~" + "a" * 64: [MARK], "job~" + "b" * 64: [MARK, REUSED_LABEL]}
-    events = [secret_event(request_id=request_id, risk_labels=labels) for request_id, labels in given.items()]
+    given = ("y" * 513, "job~" + "a" * 64)
+    events = [secret_event(request_id=request_id, risk_labels=[MARK]) for request_id in given]
     for request_id in given:
         await used_approval(store, request_id)
     await store.audit.write_many([*events, make_event()])
@@ -201,7 +206,7 @@ async def test_an_id_that_only_looks_as_if_it_held_a_hash_is_kept(
     assert MARK not in await everything(store, folder)
     await store.evidence.seal()
     verified = await store.evidence.verify(archive=folder)
-    assert (verified.ok, verified.erased) == (True, 3)
+    assert (verified.ok, verified.erased) == (True, 2)
 
 
 async def test_held_and_open_things_are_not_erased(store: GatewayStore, tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from agent_gateway_store.audit.document import encode, hash_of_stored
+from agent_gateway_store.audit.document import hash_of_stored
 from agent_gateway_store.audit.record import REUSED_LABEL, EncodedRow, encode_event, to_values
 from agent_gateway_store.audit.selects import FIELDS
-from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES
 from agent_gateway_store.models.approval import BLANK_HASH, ERASED
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 
@@ -52,33 +51,23 @@ IS_ERASED = (
 """SQL: the id of this row is that of an erased event. The second, by the fields of `doors.DOOR_FIELDS`, holds it where
 the event is in an archive."""
 
-_DERIVED = re.compile(r"(.*)~([0-9a-f]{64})", re.DOTALL)
-# A character is four bytes at most, so a derived id from here on may hold only the beginning of the first one.
-_LONG_BYTES = MAX_KEY_BYTES - 3
+_DERIVED = re.compile(r"~[0-9a-f]{64}\Z")
 
 
 def _blank_id(row: Mapping[str, Any]) -> str:
     """Return the id under which an erased event stands: its own, or one without the hash of what it was.
 
-    Only an id of `with_derived_id` holds that. Long ids look the same, and callers may choose any.
+    Only an id of `with_derived_id` holds that, and a label says so: long ids look the same, and callers choose any.
     """
     request_id: str = row["request_id"]
     try:
-        labels = json.loads(row["risk_labels"])
-        if (found := _DERIVED.fullmatch(request_id)) and REUSED_LABEL in labels:
-            base, digest = found.groups()
-            # The label comes last, unless the event had it before.
-            firsts = [{**row, "request_id": base, "risk_labels": encode(each)} for each in (labels[:-1], labels)]
-            if len(request_id.encode()) >= _LONG_BYTES or digest in map(_hash, firsts):
-                return f"{base}~erased-{row['position']}"
+        # Nobody can tell from the hash: that of an event from another organisation, or from before a hook, is another.
+        if REUSED_LABEL in json.loads(row["risk_labels"]):
+            return _DERIVED.sub(f"~erased-{row['position']}", request_id)
     except Exception:  # noqa: S110
         # What a database can be made to hold and is no event: every error means the same.
         pass
     return request_id
-
-
-def _hash(row: Mapping[str, Any]) -> str:
-    return hash_of_stored([row[name] for name in FIELDS[1:]])
 
 
 def blank_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +77,8 @@ def blank_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def blank_hash(row: Mapping[str, Any]) -> str:
     """Return the hash of what is left of an event, by which the log names it."""
-    return _hash(blank_row(row))
+    blank = blank_row(row)
+    return hash_of_stored([blank[name] for name in FIELDS[1:]])
 
 
 def blanked(row: EncodedRow) -> EncodedRow:
