@@ -213,6 +213,13 @@ class Link(AnyUrl):
     """A URL that may have attributes."""
 
 
+class Unsaid(AnyUrl):
+    """A URL whose repr hides its password."""
+
+    def __repr__(self) -> str:
+        return "Unsaid(...)"
+
+
 @dataclass(init=False)
 class Batch(deque[int]):
     """A dataclass with items that are no field."""
@@ -281,6 +288,7 @@ def _with(made: Any, **values: Any) -> Any:
         # Times of which the text has no zone.
         *(datetime(2026, 10, 25, 2, 30, fold=1), time_of_day(2, fold=1), time_of_day(2, tzinfo=PARIS)),
         *(Rounded("1.4"), Alike.ONE, _with(Link("https://a.example"), cents=500), {_with(Name("to"), cents=500): 1}),
+        *(Unsaid("https://bob:secret@a.example"), type("Price", (numpy.float32,), {"__repr__": lambda _: "?"})(1)),
     ],
 )
 def test_an_object_with_values_beside_its_fields_is_not_approved(value: Any) -> None:

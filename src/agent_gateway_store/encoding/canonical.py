@@ -200,8 +200,11 @@ def _says_all(value: Any) -> bool:
     if kind in _REPR_SAYS_ALL:
         return True
     names = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
-    # A class below may have more attributes than Pydantic's.
-    return not names.isdisjoint(_REPR_SAYS_ALL_BELOW) and attributes_of(value).keys() <= {"_url"}
+    # A class below may have more attributes than Pydantic's, and a repr that hides the password.
+    repr_of = next(base.__module__ for base in kind.__mro__ if "__repr__" in vars(base))
+    if names.isdisjoint(_REPR_SAYS_ALL_BELOW) or repr_of not in {"numpy", "pydantic.networks"}:
+        return False
+    return attributes_of(value).keys() <= {"_url"}
 
 
 class _Frame:
