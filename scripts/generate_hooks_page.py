@@ -43,7 +43,7 @@ TAIL = """## The shape of a notifier
 ## What became of the plugins
 
 `store.plugins.records` holds one `PluginRecord` per plugin. `gateway-store plugins list` shows them, and how their
-settings stand.
+settings stand; an active one that does nothing before its settings are given it calls `idle`.
 
 ::: agent_gateway_store.hooks.plugin.PluginRecord
     options:

@@ -53,9 +53,10 @@ async def call(store: GatewayStore, plaintext: str) -> None:
     await store.keys.verify(plaintext)
     request = ask()
     token = await store.approvals.issue_token(request)
-    waiting = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=30))
-    await store.approvals.approve(token, "anna")
-    await waiting
+    # In a group, so that a cancelled call leaves none waiting.
+    async with asyncio.TaskGroup() as group:
+        group.create_task(store.approvals.wait_for_decision(token, timeout_s=30))
+        await store.approvals.approve(token, "anna")
     await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
     await store.audit.write(make_event(request_id=request.request_id))
 
