@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import Table, delete, insert, select, text
+import asyncpg
+from sqlalchemy import Table, delete, insert, make_url, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
+from agent_gateway_store.models.evidence import Verification
 from agent_gateway_store.models.tables import metadata
+from builders import make_event
+
+SETTINGS = StoreSettings(audit_seal_seconds=0)
+"""Nothing is sealed but by the test."""
 
 OFF = "SET session_replication_role = replica"
 """In a session of a superuser of PostgreSQL no trigger runs from here on."""
@@ -48,3 +56,27 @@ async def put_back(connection: AsyncConnection, rows: dict[Table, list[dict[str,
     for table, kept in rows.items():
         await connection.execute(delete(table))
         await connection.execute(insert(table), kept)
+
+
+async def run_as_owner(url: str, *statements: str) -> None:
+    """Run statements as whoever owns the database, whatever triggers say."""
+    address = make_url(url)
+    if address.get_backend_name() == "sqlite":
+        connection = sqlite3.connect(address.database or "", isolation_level=None)
+        for statement in ("INSERT INTO audit_door VALUES (0)", *statements, "DELETE FROM audit_door"):
+            connection.execute(statement)
+        connection.close()
+        return
+    server = await asyncpg.connect(address.set(drivername="postgresql").render_as_string(hide_password=False))
+    for statement in (OFF, *statements):
+        await server.execute(statement)
+    await server.close()
+
+
+async def verified_after(url: str, *statements: str, event: AuditEvent | None = None) -> Verification:
+    """Seal an event, run the statements, and verify."""
+    async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
+        await store.audit.write(event or make_event())
+        await store.evidence.seal()
+        await run_as_owner(url, *statements)
+        return await store.evidence.verify()

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
-from uuid import uuid4
 
-import asyncpg
 import pytest
 from sqlalchemy import make_url
 
-from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
+from agent_gateway_store import GatewayStore
 from agent_gateway_store.audit.doors import DOOR_FIELDS
-from agent_gateway_store.errors import StoreUnavailableError
-from agent_gateway_store.models.evidence import FindingKind, Verification
+from agent_gateway_store.models.evidence import FindingKind
 from builders import make_event
-from tampering import OFF
-
-SETTINGS = StoreSettings(audit_seal_seconds=0)
+from tampering import SETTINGS, run_as_owner, verified_after
 
 # To PostgreSQL the operator that fits the types of column and parameter best, before the one of `pg_catalog`.
 OTHER_EQUALS = """
@@ -28,21 +23,6 @@ CREATE OPERATOR = (LEFTARG = {kind}, RIGHTARG = varchar, FUNCTION = other_equals
 """
 # Fields of a door in other letters: an event of a call, as anybody may write it.
 IN_OTHER_LETTERS = DOOR_FIELDS | {"mcp_server": "Gateway-Store", "caller_role": "Operator", "matched_policy_rule": " "}
-
-
-async def run(url: str, *statements: str) -> None:
-    """Run statements as whoever owns the database, whatever triggers say."""
-    address = make_url(url)
-    if address.get_backend_name() == "sqlite":
-        connection = sqlite3.connect(address.database or "", isolation_level=None)
-        for statement in ("INSERT INTO audit_door VALUES (0)", *statements, "DELETE FROM audit_door"):
-            connection.execute(statement)
-        connection.close()
-        return
-    server = await asyncpg.connect(address.set(drivername="postgresql").render_as_string(hide_password=False))
-    for statement in (OFF, *statements):
-        await server.execute(statement)
-    await server.close()
 
 
 def with_other_equality(url: str) -> list[str]:
@@ -70,7 +50,7 @@ async def test_what_the_database_calls_equal_is_no_prune(own_database_url: str) 
         kept = await store.evidence.seal()
         assert kept is not None
     deletion = "DELETE FROM audit_events WHERE request_id LIKE 'r-1'"
-    await run(own_database_url, *with_other_equality(own_database_url), deletion)
+    await run_as_owner(own_database_url, *with_other_equality(own_database_url), deletion)
 
     async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
         found = await store.evidence.verify(against=[kept])
@@ -109,7 +89,7 @@ async def test_a_table_that_takes_a_row_twice_is_seen(
     assert [(each.kind, said in each.text) for each in found.findings] == [(FindingKind.ALTERED, True)]
 
     for number, (indexed, is_ok) in enumerate({among: False, ", ".join(sorted(columns)): True}.items()):
-        await run(own_database_url, f"CREATE UNIQUE INDEX theirs_{number} ON {table} ({indexed})")
+        await run_as_owner(own_database_url, f"CREATE UNIQUE INDEX theirs_{number} ON {table} ({indexed})")
         async with GatewayStore(own_database_url, redis_url="", settings=SETTINGS) as store:
             assert (await store.evidence.verify()).ok is is_ok, indexed
 
@@ -130,7 +110,7 @@ class TestOnSqlite:
             assert kept is not None
         index = "ix_audit_events_caller_id_timestamp_id"
         found_sql = f"SELECT sql FROM sqlite_master WHERE name = '{index}'"
-        await run(
+        await run_as_owner(
             database_url,
             f"CREATE TABLE kept AS {found_sql}",
             f"DROP INDEX {index}",
@@ -157,7 +137,7 @@ class TestOnSqlite:
             await store.audit.write(make_event(request_id="forged"))
         unique = "replace(sql, 'UNIQUE (event_id)', 'CHECK (true)')"
         of_leaves = "name = 'sqlite_autoindex_audit_leaves_1'"
-        await run(
+        await run_as_owner(
             database_url,
             "CREATE TABLE leaf AS SELECT * FROM audit_leaves WHERE position = 2",
             "UPDATE audit_leaves SET event_id = 4 WHERE position = 2",
@@ -186,7 +166,7 @@ class TestOnSqlite:
         as_made = "SELECT * FROM sqlite_master WHERE tbl_name = 'audit_events' AND type <> 'trigger'"
         async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
             await store.audit.write_many([make_event(request_id=f"r-{number}") for number in range(3)])
-            await run(
+            await run_as_owner(
                 database_url,
                 f"CREATE TABLE kept AS {as_made}",
                 *without_unique(database_url, "audit_events", "request_id", "org_id"),
@@ -196,7 +176,7 @@ class TestOnSqlite:
             )
             kept = await store.evidence.seal()
             assert kept is not None
-        await run(
+        await run_as_owner(
             database_url,
             "UPDATE audit_events SET request_id = 'forged', content_hash = NULL WHERE id = 4",
             "PRAGMA writable_schema = ON",
@@ -343,15 +323,6 @@ class TestOnSqlite:
         assert "The database file is damaged" in found.findings[0].text
 
 
-async def verified_after(url: str, *statements: str, event: AuditEvent | None = None) -> Verification:
-    """Seal an event, run the statements, and verify."""
-    async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
-        await store.audit.write(event or make_event())
-        await store.evidence.seal()
-        await run(url, *statements)
-        return await store.evidence.verify()
-
-
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
     """SQLite keeps a salt that is text; the prune does not count then, and `verify` ends."""
@@ -360,11 +331,6 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
     assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
 
 
-FUNCTION = "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$"
-SAYS = """-- It's run after each INSERT INTO audit_events.
-BEGIN /* UPDATE audit_events */ RAISE LOG 'insert into audit_events: %', NEW.id;
-PERFORM pg_notify('siem', E'don\\'t DELETE FROM audit_events');"""
-AFTER = "CREATE TRIGGER lose AFTER INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
 READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]
 VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
 
@@ -376,116 +342,3 @@ async def test_a_view_in_place_of_a_table_is_seen(own_database_url: str, name: s
     assert [(each.kind, each.text.partition(".")[0]) for each in found.findings] == [
         (FindingKind.ALTERED, f"{name} is no table")
     ]
-
-
-# The type `json` keeps a name that stands twice.
-TWICE = """'{"path": "evil", "path": "x"}'::json"""
-
-
-@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
-class TestOnPostgres:
-    """Where a role is shown what the server's owner likes."""
-
-    @pytest.mark.parametrize(
-        ("statement", "said"),
-        [
-            (
-                f"ALTER TABLE audit_events ALTER sanitized_args TYPE json USING {TWICE}",
-                "sanitized_args of audit_events is no jsonb",
-            ),
-            ("ALTER TABLE audit_events ALTER latency_ms TYPE integer", "column latency_ms of audit_events is no int8"),
-            (
-                "ALTER TABLE audit_events ALTER key_id TYPE json USING '1'",
-                "column key_id of audit_events is no text",
-            ),
-            (
-                "ALTER TABLE audit_events DROP trace_id, ADD trace_id text GENERATED ALWAYS AS ('x') STORED",
-                "The column trace_id of audit_events is no text, or is computed",
-            ),
-            ("ALTER TABLE audit_leaves ALTER salt TYPE text", "The column salt of audit_leaves is no bytea"),
-            ("ALTER TABLE audit_tiles ALTER level TYPE bigint", "The column level of audit_tiles is no int4"),
-            ("ALTER TABLE audit_checkpoints ALTER size TYPE text", "The column size of audit_checkpoints is no int8"),
-            ("ALTER TABLE audit_events SET UNLOGGED", "audit_events is UNLOGGED"),
-            ("CREATE TABLE kid () INHERITS (audit_events)", "audit_events has tables that inherit from it"),
-            ("CREATE TABLE kid () INHERITS (audit_leaves)", "audit_leaves has tables that inherit from it"),
-            (
-                "CREATE RULE lost AS ON INSERT TO audit_events WHERE NEW.caller_id = 'evil' DO INSTEAD NOTHING",
-                "audit_events has a rule that replaces INSERT",
-            ),
-            (
-                f"{FUNCTION}; CREATE TRIGGER lose BEFORE INSERT ON audit_leaves FOR EACH ROW EXECUTE FUNCTION theirs()",
-                "audit_leaves has the trigger lose that runs before INSERT",
-            ),
-            *(
-                (f"{FUNCTION.replace('BEGIN', f'BEGIN {text};')}; {AFTER}", "lose, whose text writes to the log")
-                for text in (
-                    "SET LOCAL session_replication_role = replica",
-                    "PERFORM set_config('session_replication_role', 'replica', true)",
-                    "DELETE FROM ONLY audit_events",
-                    "RAISE LOG E'it\\'s --'; EXECUTE format('DELETE FROM audit_events WHERE id = %s', NEW.id)",
-                )
-            ),
-            (
-                f"{FUNCTION} SET session_replication_role = replica; {AFTER}",
-                "lose, whose text writes to the log",
-            ),
-            (
-                "CREATE RULE lose AS ON INSERT TO audit_events DO ALSO DELETE FROM audit_events WHERE caller_id = 'x'",
-                "lose, whose text writes to the log",
-            ),
-        ],
-    )
-    async def test_what_can_show_something_else_is_seen(self, own_database_url: str, statement: str, said: str) -> None:
-        """Nothing is read from it, and one finding says why."""
-        found = await verified_after(own_database_url, statement)
-        assert [(each.kind, said in each.text) for each in found.findings] == [(FindingKind.ALTERED, True)]
-
-    @pytest.mark.parametrize("when", ["AFTER INSERT", "BEFORE UPDATE"])
-    async def test_a_trigger_that_cannot_drop_rows_is_no_finding(self, own_database_url: str, when: str) -> None:
-        """Somebody else may take events to another place, and say so."""
-        trigger = f"CREATE TRIGGER theirs {when} ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
-        found = await verified_after(own_database_url, FUNCTION.replace("BEGIN", SAYS), trigger)
-        assert (found.ok, ["which is not the store's" in each for each in found.remarks]) == (True, [True])
-
-    @pytest.mark.parametrize(
-        ("state", "setting", "is_found"),
-        [("ALWAYS", "origin", True), ("REPLICA", "origin", False), ("REPLICA", "Replica", True)],
-    )
-    async def test_a_trigger_counts_where_it_fires_for_writers(
-        self, own_database_url: str, state: str, setting: str, is_found: bool
-    ) -> None:
-        """One for replicas alone lets every event of a gateway pass, unless writers are set to count as such."""
-        name = make_url(own_database_url).database
-        found = await verified_after(
-            own_database_url,
-            FUNCTION,
-            f"ALTER DATABASE \"{name}\" SET session_replication_role = '{setting}'",
-            "CREATE TRIGGER theirs BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()",
-            f"ALTER TABLE audit_events ENABLE {state} TRIGGER theirs",
-        )
-        assert found.ok is not is_found
-        assert any("sessions fire no triggers" in each for each in found.remarks) is (setting == "Replica")
-
-    async def test_what_a_protective_rule_does_is_no_finding(self, own_database_url: str) -> None:
-        """Somebody else's way of making a table append-only changes nothing that is read."""
-        rule = "CREATE RULE kept AS ON DELETE TO audit_events DO INSTEAD NOTHING"
-        assert (await verified_after(own_database_url, rule)).ok
-
-    @pytest.mark.parametrize("name", ["audit_events", "audit_leaves"])
-    async def test_a_policy_that_hides_rows_is_refused(self, own_database_url: str, name: str) -> None:
-        """In a sentence that says what to do; a role to which no policy applies reads on."""
-        role = f"auditor_{uuid4().hex}"
-        hidden = [
-            f"CREATE ROLE {role} LOGIN",
-            f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}",
-            f"ALTER TABLE {name} ENABLE ROW LEVEL SECURITY",
-            f"CREATE POLICY shown ON {name} FOR SELECT TO {role} USING (true)",
-        ]
-        assert (await verified_after(own_database_url, *hidden)).ok
-        try:
-            theirs = make_url(own_database_url).set(username=role).render_as_string(hide_password=False)
-            async with GatewayStore(theirs, redis_url="", settings=SETTINGS) as store:
-                with pytest.raises(StoreUnavailableError, match=r"row-level security.*run it as a role to which no"):
-                    await store.evidence.verify()
-        finally:
-            await run(own_database_url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")

@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
 
-from sqlalchemy import ARRAY, JSON, BigInteger, Text
+from sqlalchemy import ARRAY, JSON, BigInteger, Text, literal_column
+from sqlalchemy.dialects import registry
 from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store.approval.statements import fragments
@@ -25,7 +26,7 @@ from agent_gateway_store.storage.filters import (
     pattern,
     word,
 )
-from agent_gateway_store.storage.statements import LOCALE_HIDES_ASCII
+from agent_gateway_store.storage.statements import contains
 
 
 class ApprovalFilters(TypedDict, total=False):
@@ -82,14 +83,11 @@ _DIALECTS = {
     "postgresql": {
         "tool": "tool_call ->> 'tool'",
         "server": "tool_call ->> 'server'",
-        "like": "{0} ILIKE :p_text OR " + LOCALE_HIDES_ASCII + " AND "
-        'lower(({0}) COLLATE "C") COLLATE "default" ILIKE lower(:p_text COLLATE "C") COLLATE "default"',
         "in": "= ANY(:p_{})",
     },
     "sqlite": {
         "tool": "json_extract(tool_call, '$.tool')",
         "server": "json_extract(tool_call, '$.server')",
-        "like": "{0} LIKE :p_text ESCAPE '\\'",
         # SQLite has no arrays: the values are one JSON text.
         "in": "IN (SELECT value FROM json_each(:p_{}))",
     },
@@ -125,7 +123,9 @@ def words_of(dialect: str) -> dict[str, str]:
     """Return `fragments` and the pieces of the conditions, by the names under which they stand in braces."""
     words = fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME}
     places = (words["tool"], "risk_explanation", "approver_note")
-    return words | {"has_text": " OR ".join(map(words["like"].format, places))}
+    columns = [literal_column(f"({place})", Text) for place in places]
+    has_text = contains(dialect, columns, literal_column(":p_text", Text))
+    return words | {"has_text": str(has_text.compile(dialect=registry.load(dialect)()))}
 
 
 def conditions(dialect: str, shape: Shape) -> str:

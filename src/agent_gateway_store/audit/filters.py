@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any, TypedDict
 from uuid import UUID
@@ -62,14 +63,16 @@ class Filters(TypedDict, total=False):
     text: str | None
 
 
-def criteria(filters: Mapping[str, Any], *, org_id: str | None, listing: str = "audit") -> Criteria:
+def criteria(
+    filters: Mapping[str, Any], *, org_id: str | None, listing: str = "audit", now: datetime | None = None
+) -> Criteria:
     """Check `filters`; arguments as for `check_filters`.
 
     Raises:
         TypeError: There is no such filter, or its value has the wrong type.
         ValueError: There is no such value.
     """
-    return check_filters(filters, _CHECKS, org_id=org_id, listing=listing)
+    return check_filters(filters, _CHECKS, org_id=org_id, listing=listing, now=now)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {

@@ -36,7 +36,7 @@ from agent_gateway_store.models.columns import INVALID
 from agent_gateway_store.models.retention import AuditHold, AuditPrune, Hold
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import readable_rows
-from agent_gateway_store.storage.filters import instant, searched_text
+from agent_gateway_store.storage.filters import searched_text
 from agent_gateway_store.storage.statements import Statement
 
 _holds = AuditHold.__table__
@@ -50,16 +50,14 @@ def as_stored(filters: Mapping[str, Any], now: datetime) -> dict[str, Any]:
         TypeError: There is no such filter, or its value has the wrong type.
         ValueError: There is no such value.
     """
-    checked = criteria(filters, org_id=None).values
+    checked = criteria(filters, org_id=None, now=now).values
     stored: dict[str, Any] = {}
     for name, given in filters.items():
-        if given is None:
-            continue
-        if name in ("since", "until"):
-            stored[name] = instant(name, given, now=now).isoformat()
-        else:
+        if given is not None:
+            value = checked[f"p_{name}"]
             # A text is turned into a pattern each time.
-            stored[name] = searched_text(name, given) if name == "text" else checked[f"p_{name}"]
+            value = searched_text(name, given) if name == "text" else value
+            stored[name] = value.isoformat() if isinstance(value, datetime) else value
     return stored
 
 

@@ -52,7 +52,12 @@ class Criteria:
 
 
 def check_filters(
-    filters: Mapping[str, Any], checks: Mapping[str, Callable[[str, Any], Any]], *, org_id: str | None, listing: str
+    filters: Mapping[str, Any],
+    checks: Mapping[str, Callable[[str, Any], Any]],
+    *,
+    org_id: str | None,
+    listing: str,
+    now: datetime | None = None,
 ) -> Criteria:
     """Check filters.
 
@@ -61,6 +66,7 @@ def check_filters(
         checks: What returns the checked value of each filter.
         org_id: The organisation that the store is bound to; it narrows in addition to every filter.
         listing: Name of the listing to which its cursors belong.
+        now: What periods count back from; by default this process's now.
 
     Raises:
         TypeError: There is no such filter. Also whatever the checks raise.
@@ -75,7 +81,8 @@ def check_filters(
         if name not in checks:
             raise TypeError(f"There is no filter {code_text(name)}: use one of {', '.join(checks)}.")
         if given is not None:
-            value = values[f"p_{name}"] = checks[name](name, given)
+            check = checks[name]
+            value = values[f"p_{name}"] = instant(name, given, now=now) if check is instant else check(name, given)
             shape.append((name, isinstance(value, list)))
             # A time as given: "24h" is another instant at the next page, and the cursor must still fit.
             texts[name] = str(given) if name in ("since", "until") else value

@@ -227,7 +227,6 @@ class RedisCache:
 
         Reads all of them: not for what is done often. False if Redis does not answer, and some may be there.
         """
-
         args = [mark, str(_MAX_BATCH_BYTES), str(_LARGEST_BYTES), *values]
         cursor, is_over = 0, False
 

@@ -272,7 +272,7 @@ def is_one_of(dialect: str, column: ColumnElement[Any], name: str, kind: TypeEng
     return column.in_(select(func.json_each(bindparam(name, type_=JSON())).table_valued("value").c.value))
 
 
-LOCALE_HIDES_ASCII = "lower('I') <> 'i'"
+_LOCALE_HIDES_ASCII = "lower('I') <> 'i'"
 """On PostgreSQL, true in a database whose locale is Turkish, where I and i are two letters; known to the planner."""
 
 
@@ -286,7 +286,7 @@ def contains(dialect: str, columns: Sequence[ColumnElement[Any]], pattern: Colum
 
     # The backslash escapes by itself; in a literal it would depend on standard_conforming_strings.
     folded = or_(*(fold(column).ilike(fold(pattern)) for column in columns))
-    return or_(*(column.ilike(pattern) for column in columns), and_(literal_column(LOCALE_HIDES_ASCII), folded))
+    return or_(*(column.ilike(pattern) for column in columns), and_(literal_column(_LOCALE_HIDES_ASCII), folded))
 
 
 class RowsParameter:
