@@ -15,13 +15,14 @@ from typing import Any
 from sqlalchemy import BigInteger, Select, Text, bindparam, cast, func, or_, select
 
 from agent_gateway_store._text import escape
+from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.doors import ERASE, PRUNE, is_door, names_door
-from agent_gateway_store.audit.selects import FIELDS, select_events, table
+from agent_gateway_store.audit.selects import select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.archived import read_archives
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
 from agent_gateway_store.evidence.tree import EMPTY_ROOT, leaf_hash
-from agent_gateway_store.evidence.walk import CONTENT_HASH, MOST_FINDINGS, Doors, LogWalk, Root, hash_of_row
+from agent_gateway_store.evidence.walk import MOST_FINDINGS, Doors, LogWalk, Root, computed_hash
 from agent_gateway_store.models.evidence import (
     AuditCheckpoint,
     AuditLeaf,
@@ -332,9 +333,9 @@ async def _read_doors(reader: Snapshot, size: int, *, is_jsonb: bool) -> Doors:
     """Return what the doors did, as far as the events that say so fit their leaves."""
     doors = Doors()
     for row in await reader.fetched(_DOORS, {"p_size": size}):
-        position, _, salt, leaf = row[-4:]
-        content, event = hash_of_row(row, is_jsonb=is_jsonb), dict(zip(FIELDS, row, strict=False))
-        is_whole = bool(content) and row[CONTENT_HASH] == content and type(salt) is bytes
+        _, *values, position, _, salt, leaf = row
+        content, event = computed_hash(values, is_jsonb=is_jsonb), dict(zip(COLUMNS, values, strict=True))
+        is_whole = bool(content) and event["content_hash"] == content and type(salt) is bytes
         if is_whole and leaf_hash(salt, content) == leaf and names_door(event, PRUNE, ERASE):
             said = json.loads(event["sanitized_args"])
             doors.add(event["tool_name"], said if isinstance(said, dict) else {}, position)

@@ -13,7 +13,6 @@ from agent_gateway_store.archive.files import said_of_unhashed
 from agent_gateway_store.archive.manifest import Positions
 from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
 from agent_gateway_store.audit.doors import ERASE
-from agent_gateway_store.audit.selects import FIELDS
 from agent_gateway_store.evidence.archived import Archived
 from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, GrowingTree, leaf_hash
 from agent_gateway_store.models.evidence import Finding, FindingKind
@@ -124,7 +123,7 @@ class LogWalk:
             if perf_counter() > turn_ends:
                 await asyncio.sleep(0)
                 turn_ends = perf_counter() + _TURN_S
-            position, event_id, salt, leaf = row[-4:]
+            row_id, *event, position, event_id, salt, leaf = row
             if type(position) is not int:
                 self.note(FindingKind.BAD_TREE, "A leaf stands at no place.", event_id=event_id)
                 continue
@@ -134,7 +133,7 @@ class LogWalk:
             if type(leaf) is not bytes or len(leaf) != HASH_BYTES:
                 # A database can be made to hold it; the hash of the tree says the rest.
                 salt, leaf = None, bytes(HASH_BYTES)
-            self._check(row, position, event_id, salt if type(salt) is bytes else None, leaf)
+            self._check(row_id, event, position, event_id, salt if type(salt) is bytes else None, leaf)
             self.tree.append(leaf)
             size = self.tree.size
             if size in expected or size in self.kept:
@@ -157,8 +156,10 @@ class LogWalk:
         for _ in range(zeros):
             self.tree.append(bytes(HASH_BYTES))
 
-    def _check(self, row: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes) -> None:
-        if row[_ID] is None:
+    def _check(
+        self, row_id: Any, event: Sequence[Any], position: int, event_id: int, salt: bytes | None, leaf: bytes
+    ) -> None:
+        if row_id is None:
             if position in self._gone:
                 self.pruned += 1
                 self._check_archived(position, event_id)
@@ -166,18 +167,18 @@ class LogWalk:
                 text = "The event is gone, and no sealed event says that it was pruned."
                 self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
             return
-        if not self._is_first(row[_ID]):
+        if not self._is_first(row_id):
             text = "An earlier leaf names this event, or its id is no number: what was sealed here is gone or changed."
-            self.note(FindingKind.ALTERED, text, position=position, event_id=event_id, request_id=row[_REQUEST_ID])
+            self.note(FindingKind.ALTERED, text, position=position, event_id=event_id, request_id=event[_REQUEST_ID])
             return
         self.present += 1
-        content, written = hash_of_row(row, is_jsonb=self._is_jsonb), row[CONTENT_HASH]
+        content, written = computed_hash(event, is_jsonb=self._is_jsonb), event[-1]
         if salt is not None and content and written == content and leaf_hash(salt, content) == leaf:
             self.checked += 1
         elif not (salt or written) and content in self.doors.erased.get(position, ()):
             self.erased += 1
         elif len(self._mismatches) < MOST_FINDINGS:
-            self._mismatches.append(_Mismatch(position, event_id, row[_REQUEST_ID], salt, leaf, content))
+            self._mismatches.append(_Mismatch(position, event_id, event[_REQUEST_ID], salt, leaf, content))
 
     def _is_first(self, event_id: Any) -> bool:
         """True for an id that no leaf has named before: else an event without one would count as sealed."""
@@ -239,15 +240,13 @@ class LogWalk:
             self.note(kind, text, position=found.position, event_id=found.event_id, request_id=found.request_id)
 
 
-_ID, _REQUEST_ID, CONTENT_HASH = map(FIELDS.index, ("id", "request_id", "content_hash"))
-# Behind the id.
-_EVENT = slice(1, len(COLUMNS) + 1)
+_REQUEST_ID = COLUMNS.index("request_id")
 
 
-def hash_of_row(row: Sequence[Any], *, is_jsonb: bool) -> str:
-    """Return the hash of an event, computed from its columns; "" if they hold none."""
+def computed_hash(event: Sequence[Any], *, is_jsonb: bool) -> str:
+    """Return the hash of an event, computed from its columns in the order of `COLUMNS`; "" if they hold none."""
     try:
-        return hash_of_stored(row[_EVENT], is_jsonb=is_jsonb)
+        return hash_of_stored(event, is_jsonb=is_jsonb)
     except Exception:
         # What a database can be made to hold and is no event: every error means the same.
         return ""
