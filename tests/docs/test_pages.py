@@ -135,6 +135,14 @@ def follow(
     return run(folder, "timeout", "110", "bash", "-c", "\n".join(script), load=load, **environment)
 
 
+def test_what_the_pages_install_is_the_clone() -> None:
+    """The package is not on PyPI: there anybody could take its name."""
+    lines = [line for page in PAGES.values() for line in page.splitlines() if "pip install" in line]
+    named = [line for line in lines if "agent-gateway-store" in line]
+    assert named
+    assert [line for line in named if not re.search(r"[ '\"]\.{1,2}/agent-gateway-store", line)] == []
+
+
 def test_fastapi_page(migrated_postgres_database: Callable[[], str], fresh_redis_url: str, tmp_path: Path) -> None:
     """The three applications run on real servers, with keys made as the page says."""
     servers = {"DATABASE_URL": migrated_postgres_database(), "REDIS_URL": fresh_redis_url}

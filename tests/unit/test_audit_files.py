@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import agent_gateway_store
 from agent_gateway_store.storage.files import Compression, opened, partial
 
 pytestmark = pytest.mark.unit
@@ -38,6 +40,21 @@ def test_a_name_that_is_no_utf_8_is_a_name(tmp_path: Path) -> None:
         written.write_text("ours")
 
     assert [os.fsencode(each.name) for each in tmp_path.iterdir()] == [b"caf\xe9.jsonl"]
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names are Unicode there")
+def test_a_name_that_the_locale_lacks_is_a_name(tmp_path: Path) -> None:
+    """As for whoever logs in without a locale; names may have 255 bytes."""
+    code = (
+        "import pathlib, sys; from agent_gateway_store.storage.files import partial\n"
+        "with partial(pathlib.Path(sys.argv[1]), overwrite=False) as written: written.write_text('ours')"
+    )
+    source = str(Path(agent_gateway_store.__file__).parents[1])
+    plain = {"PYTHONPATH": source, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    target = tmp_path / ("é" * 125 + ".csv")
+    subprocess.run([sys.executable, "-c", code, target], env=plain, check=True, timeout=60)
+
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])

@@ -230,8 +230,10 @@ def _is_replaceable(path: Path, *, as_folder: bool) -> bool:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    # A name of the system need not be UTF-8; a character of one that is must not be cut in two.
-    name = os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", "ignore")
+    name = path.name
+    # By whole characters, as the locale has them.
+    while len(os.fsencode(name)) > _NAME_BYTES:
+        name = name[:-1]
     return path.with_name(f".{name}.{secrets.token_hex(6)}.{suffix}")
 
 
