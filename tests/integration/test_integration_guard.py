@@ -142,14 +142,19 @@ async def test_a_tool_that_fails_is_recorded(bench: Bench) -> None:
 
 
 async def test_nothing_runs_without_a_record(tmp_path: Path) -> None:
-    """In strict mode the database must answer first."""
+    """In strict mode the database must answer first; whatever the verdict, the model reads that it does not."""
     settings = StoreSettings(audit_mode="strict")
     store = await GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis_url="", settings=settings).open()
     bench = Bench(store)
     await store.database.engine.dispose()
     (tmp_path / "gateway.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(Exception, match=r"cannot reach its records|could not be"):
-        await bench.run(READ)
+    denied, unreadable = (
+        READ.model_copy(update=each) for each in ({"tool": "format"}, {"arguments": {"path": iter(())}})
+    )
+    for call in (READ, CALL, denied, unreadable):
+        with pytest.raises(CallRefusedError, match="cannot reach its records"):
+            await bench.run(call)
+    assert "cannot reach its records" in (await pydantic_agent(bench, "format_disk").run("format it")).output
     assert bench.ran == []
     await store.close()
 

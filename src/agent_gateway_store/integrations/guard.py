@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import UUID, uuid4
 
 import anyio
@@ -79,11 +79,7 @@ class CallRefusedError(Exception):
 
 
 class CallPendingError(Exception):
-    """The call waits for a human; it was not run, and may be called again.
-
-    Attributes:
-        approval: Where its approval stands.
-    """
+    """The call waits for a human; it was not run, and may be called again. `approval` says where that stands."""
 
     def __init__(self, approval: ApprovalResult) -> None:
         until = f" before {approval.expires_at:%Y-%m-%d %H:%M:%S} UTC" if approval.expires_at else ""
@@ -123,10 +119,15 @@ class _AskedCall:
         async with self.recording(decision, reason):
             pass
 
-    async def refuse(self, reason: str, **fields: Any) -> NoReturn:
+    async def refusal(self, reason: str, **fields: Any) -> CallRefusedError:
+        """Record the `reason`, and return the error for it; in strict mode AWAY, if no database took the event."""
         self.event.update(fields)
-        await self.record(Decision.DENY, reason)
-        raise CallRefusedError(reason)
+        try:
+            await self.record(Decision.DENY, reason)
+        except GatewayStoreError as exc:
+            _logger.error("%s: %s", type(exc).__name__, exc)
+            return CallRefusedError(AWAY)
+        return CallRefusedError(reason)
 
 
 def copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +177,7 @@ class ReleasedCall:
 
         Raises:
             CallRefusedError: It ran before.
+            AuditUnavailableError: In strict mode: it ran, and its event was lost, so its result must not be used.
         """
         if self._was_run:
             raise CallRefusedError("This call ran before, so it was not run again: call it anew.")
@@ -297,14 +299,13 @@ class CallGuard:
         text = refusal_text(decided)
         with suppress(CallRefusedError):
             asked = await self._asked(call, caller, rule="gateway.not_approved", approver_id=decided.approver_id)
-            await asked.refuse(text)
+            await asked.refusal(text)
         return text
 
     async def deny(self, call: ToolCall, caller: CallerIdentity, reason: str, **fields: Any) -> CallRefusedError:
         """Record that an adapter cannot take the call, of which only names are shown, and return the refusal."""
         event = {"rule": UNREADABLE, **fields}
-        await _AskedCall(self._store.for_org(caller.org_id), call, caller, event).record(Decision.DENY, reason)
-        return CallRefusedError(reason)
+        return await _AskedCall(self._store.for_org(caller.org_id), call, caller, event).refusal(reason)
 
     async def release(
         self,
@@ -340,18 +341,18 @@ class CallGuard:
         asked.event.update(verdict.event_fields)
         try:
             if verdict.decision == Decision.DENY:
-                await asked.refuse(verdict.reason)
+                raise await asked.refusal(verdict.reason)
             if verdict.decision == Decision.APPROVAL_REQUIRED:
                 decided = await earlier(asked.store) if earlier else None
                 if decided and decided.status is ApprovalStatus.DENIED:
-                    await asked.refuse(refusal_text(decided), approver_id=decided.approver_id)
+                    raise await asked.refusal(refusal_text(decided), approver_id=decided.approver_id)
                 acquired = await self._acquire(asked, verdict, bind, question, wait_s=self._approval_wait_s)
                 asked.event.update(approval_id=acquired.approval_id, approver_id=acquired.approver_id)
             elif asked.store.settings.audit_mode == "strict":
                 await asked.store.ping()
         except GatewayStoreError as exc:
             _logger.error("%s: %s", type(exc).__name__, exc)
-            await asked.refuse(str(exc) if isinstance(exc, ApprovalError) else AWAY)
+            raise await asked.refusal(str(exc) if isinstance(exc, ApprovalError) else AWAY) from exc
         return ReleasedCall(asked, verdict)
 
     async def _asked(self, call: ToolCall, caller: CallerIdentity, **fields: Any) -> _AskedCall:
@@ -365,7 +366,7 @@ class CallGuard:
         except Exception as exc:
             # Not the text of the error, which may hold raw arguments.
             _logger.error("Arguments could not be sanitized (%s): a call was refused.", type(exc).__name__)
-            await _AskedCall(store, call, caller, fields).refuse(BROKEN, rule="gateway.failure")
+            raise await _AskedCall(store, call, caller, fields).refusal(BROKEN, rule="gateway.failure") from None
         return _AskedCall(store, copied, caller, {**fields, "sanitize": lambda _: shown})
 
     async def _judge(self, asked: _AskedCall) -> Verdict:
@@ -379,24 +380,23 @@ class CallGuard:
             verdict, problem = None, f"raised {type(exc).__name__}"
         if not isinstance(verdict, Verdict):
             _logger.error("The policy %s: a call was refused.", problem)
-            await asked.refuse(BROKEN, rule="gateway.failure")
+            raise await asked.refusal(BROKEN, rule="gateway.failure")
         return verdict
 
     async def _acquire(
         self, asked: _AskedCall, verdict: Verdict, bind: str, question: str | None = None, *, wait_s: float
     ) -> ApprovalResult:
-        call = asked.call
         request = ApprovalRequest(
             request_id=question or asked.event["request_id"],
             caller_id=asked.caller.caller_id,
             org_id=asked.caller.org_id,
-            tool_call=call.model_copy(update={"arguments": asked.event["sanitize"](call)}),
+            tool_call=asked.call.model_copy(update={"arguments": asked.event["sanitize"](asked.call)}),
             risk_explanation=verdict.reason,
             required_approvals=verdict.required_approvals,
         )
         asking = replace(asked, event={**asked.event, "request_id": request.request_id})
         try:
-            acquired = await acquire(asked.store.approvals, request, call=call, bind=bind, wait_s=wait_s)
+            acquired = await acquire(asked.store.approvals, request, call=asked.call, bind=bind, wait_s=wait_s)
         except CallPendingError as exc:
             if exc.approval.is_new:
                 await asking.record(Decision.APPROVAL_REQUIRED, str(exc))
@@ -405,7 +405,7 @@ class CallGuard:
             await finish(asking.record(Decision.APPROVAL_REQUIRED, GONE))
             raise
         if acquired.status is not ApprovalStatus.USED:
-            await asked.refuse(refusal_text(acquired), approver_id=acquired.approver_id)
+            raise await asked.refusal(refusal_text(acquired), approver_id=acquired.approver_id)
         return acquired
 
 
