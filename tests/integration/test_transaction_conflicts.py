@@ -14,9 +14,11 @@ from database_helpers import set_defaults
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from agent_gateway_store import GatewayStore, WriteOutcome
+from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.approval import ApprovalManager
+from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError, TransactionConflictError
+from agent_gateway_store.models.retention import PrunedApprovals
 from agent_gateway_store.storage.errors import retry_conflicts, translate_errors
 from builders import CALL, make_event, make_request
 from servers import connected
@@ -76,6 +78,19 @@ async def used(store: GatewayStore) -> str:
     return token
 
 
+async def denied(store: GatewayStore) -> None:
+    await store.approvals.deny(await store.approvals.issue_token(make_request(request_id="r-1")), "anna")
+
+
+async def prune_approvals(store: GatewayStore) -> PrunedApprovals:
+    return await store.retention.prune_approvals(utc_now(), by="ops", discard=True, below_floor=True)
+
+
+async def erase(store: GatewayStore) -> None:
+    await store.audit.write(make_event(request_id="r-1"))
+    await store.retention.erase("r-1", reason="asked for", by="ops")
+
+
 async def overdue(store: GatewayStore) -> None:
     await ask(store)
     async with store.database.write() as connection:
@@ -110,6 +125,8 @@ CALLS: dict[
     "keys.issue": ("api_keys", nothing, lambda store, _: issue(store)),
     "keys.rotate": ("api_keys", issue, lambda store, _: store.keys.rotate("dev-agent")),
     "keys.revoke": ("api_keys", issue, lambda store, _: store.keys.revoke("dev-agent")),
+    "prune_approvals": ("approval_votes", denied, lambda store, _: prune_approvals(store)),
+    "erase": ("approval_requests", denied, lambda store, _: erase(store)),
     "redrive": ("notification_deliveries", nothing, lambda store, _: store.notifications.redrive()),
 }
 """By name: the table that it writes, what goes before, and the call."""
@@ -131,8 +148,22 @@ async def test_every_write_is_run_again(url: str, name: str, state: str) -> None
         rows = await connection.fetchval("SELECT count(*) FROM audit_events")
 
     assert tries >= 3
-    assert (spooled, rows) == (0, {"audit.write": 1, "audit.write_many": 20}.get(name, 0))
+    # The retention says in the log what it did.
+    written = {"audit.write": 1, "audit.write_many": 20, "prune_approvals": 1, "erase": 2}
+    assert (spooled, rows) == (0, written.get(name, 0))
     assert answer not in (WriteOutcome.SPOOLED, WriteOutcome.LOST)
+
+
+async def test_what_goes_is_said_once_where_the_log_cannot_be_sealed(url: str) -> None:
+    """The sealer gives up after four tries; what is committed by then is not written again."""
+    async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as store:
+        await store.audit.write_many(make_event() for _ in range(3))
+        await store.evidence.seal()
+        await make_fail(url, "audit_leaves", state="40001", times=4)
+        with pytest.raises(TransactionConflictError):
+            await store.retention.prune(utc_now(), by="ops", discard=True, below_floor=True)
+
+        assert [each.tool_name for each in await store.audit.search(caller_id="ops")] == ["audit.prune"]
 
 
 async def test_it_gives_up_and_says_so(url: str) -> None:
@@ -251,6 +282,23 @@ async def test_a_real_deadlock_beside_a_row_of_the_hosts(watchful_url: str, way:
         counted = await host.fetchval("SELECT n FROM h")
 
     assert (result.status, counted) == ("USED" if name == "consume_token" else "APPROVED", 11)
+
+
+async def test_a_prune_of_approvals_locks_in_the_order_of_gateways(url: str) -> None:
+    """Who holds an approval reaches its votes and notices; a deadlock would end that transaction, not ours."""
+    await set_defaults(url, deadlock_timeout="1min")
+    async with GatewayStore(url, redis_url="") as store, connected(url) as gateway, connected(url) as watcher:
+        await denied(store)
+        await gateway.execute("SET deadlock_timeout = '10ms'")
+        async with gateway.transaction():
+            await gateway.execute("SELECT FROM approval_requests FOR UPDATE")
+            pruning = asyncio.create_task(prune_approvals(store))
+            await wait_for_locks(watcher)
+            voted = await gateway.execute("UPDATE approval_votes SET note = 'seen'")
+            await gateway.execute("UPDATE notification_deliveries SET last_error = NULL")
+        pruned = await pruning
+
+    assert (voted, pruned.approvals) == ("UPDATE 1", 1)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -26,6 +26,7 @@ from agent_gateway_store.retention.ownership import open_own_archive
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.exclusive import StillHeld
 from agent_gateway_store.storage.statements import Statement
 
@@ -109,15 +110,17 @@ class ApprovalPruner:
             files = 1
         return await self._delete(ids, files, still_locked)
 
+    @retry_conflicts
     async def _delete(self, ids: Sequence[Any], files: int, still_locked: StillHeld) -> PrunedApprovals:
         async with self._database.write() as connection:
             if self._manifest is None:
                 await require_archive(connection, await lock_holds(connection))
             own = _notices.c.approval_id.in_(ids), _notices.c.status == "DELIVERED"
             notices = (await connection.execute(select(func.count()).select_from(_notices).where(*own))).scalar_one()
-            await connection.execute(delete(_notices).where(*own))
-            await connection.execute(delete(_votes).where(_votes.c.approval_id.in_(ids)))
+            # In the order in which a gateway locks them.
             await connection.execute(delete(_approvals).where(_approvals.c.approval_id.in_(ids)))
+            await connection.execute(delete(_votes).where(_votes.c.approval_id.in_(ids)))
+            await connection.execute(delete(_notices).where(*own))
             facts = {
                 "approvals": len(ids),
                 "notices": notices,

@@ -20,7 +20,7 @@ from agent_gateway_store.archive.files import NAMES, Record, read_approvals, rew
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.backends import json_texts
-from agent_gateway_store.audit.doors import ERASE, is_door, names_door, write_door
+from agent_gateway_store.audit.doors import ERASE, is_door, names_door
 from agent_gateway_store.audit.erased import BLANK, BLANK_APPROVAL, BLANK_TEXTS, blank_hash, blank_row
 from agent_gateway_store.audit.selects import table
 from agent_gateway_store.encoding.sanitize import storable_key
@@ -32,11 +32,12 @@ from agent_gateway_store.models.evidence import AuditLeaf
 from agent_gateway_store.models.retention import Erased, Hold
 from agent_gateway_store.retention.holds import covers, lock_holds, read_holds, require_archive
 from agent_gateway_store.retention.ownership import open_own_archive, require_own_events
-from agent_gateway_store.retention.prune import archived_columns, seal_event
+from agent_gateway_store.retention.prune import archived_columns, seal_door
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.exclusive import StillHeld
 from agent_gateway_store.storage.statements import Statement
 
@@ -140,13 +141,7 @@ class Eraser:
         await still_locked()
         if manifest is not None:
             archived_approvals = await in_thread(lambda: rewrite_approvals(manifest, partial(_blanked, own)))
-        async with self._database.write() as connection:
-            await self._require_unheld(connection, touched, await lock_holds(connection))
-            await self._blank_events(connection, targets)
-            await _blank_approvals(connection, approvals)
-            # Those that could not be delivered outlive their approval.
-            notices = await _blank_notices(connection, own)
-            await still_locked()
+        notices = await self._blank(touched, approvals, still_locked)
         newest = max(targets, key=lambda each: each.position)
         erased_id, in_archive = blank_row(newest.values)["request_id"], any(each.archived for each in targets)
         await self._forget_all(own, request_id if in_archive else erased_id)
@@ -272,19 +267,30 @@ class Eraser:
                 "approvals": approvals,
                 "archived": target.archived,
             }
-            async with self._database.write() as connection:
-                event_id = await write_door(
-                    connection,
-                    ERASE,
-                    facts,
-                    by=by,
-                    environment=self._environment,
-                    why="An operator erased an event.",
-                    org_id=target.values["org_id"],
-                    # So that what arrives later under the id of an event that only the archive holds is known.
-                    request_id=None if in_table or len(done) > 1 else blank_row(target.values)["request_id"],
-                )
-            await seal_event(self._database, self._sealer, event_id)
+            await seal_door(
+                self._database,
+                self._sealer,
+                ERASE,
+                facts,
+                by=by,
+                environment=self._environment,
+                why="An operator erased an event.",
+                org_id=target.values["org_id"],
+                # So that what arrives later under the id of an event that only the archive holds is known.
+                request_id=None if in_table or len(done) > 1 else blank_row(target.values)["request_id"],
+            )
+
+    @retry_conflicts
+    async def _blank(self, touched: _Touched, approvals: Sequence[UUID], still_locked: StillHeld) -> int:
+        """Blank everything in the tables; return how many notices."""
+        async with self._database.write() as connection:
+            await self._require_unheld(connection, touched, await lock_holds(connection))
+            await self._blank_events(connection, touched.targets)
+            await _blank_approvals(connection, approvals)
+            # Those that could not be delivered outlive their approval.
+            notices = await _blank_notices(connection, touched.approvals)
+            await still_locked()
+        return notices
 
     async def _blank_events(self, connection: AsyncConnection, targets: Sequence[_Target]) -> None:
         if connection.dialect.name == "sqlite":

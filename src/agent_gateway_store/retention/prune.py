@@ -7,7 +7,7 @@ moment an event is in the table or in the archive, and no row is missing without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,7 +44,7 @@ from agent_gateway_store.retention.holds import is_held, lock_holds, read_holds
 from agent_gateway_store.retention.ownership import open_own_archive, require_held
 from agent_gateway_store.storage.append_only import open_door
 from agent_gateway_store.storage.arrow import arrow_blocks, in_thread
-from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.database import Database, changed
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.statements import Statement, is_one_of, literal_number
 
@@ -161,9 +161,8 @@ class Pruner:
 
     async def end(self, result: str) -> None:
         """Note how the run ended."""
-        async with self._database.write() as connection:
-            ended = update(_prunes).where(_prunes.c.id == self._run_id)
-            await connection.execute(ended.values(ended_at=utc_now(), result=result))
+        ended = update(_prunes).where(_prunes.c.id == self._run_id)
+        await changed(self._database, ended.values(ended_at=utc_now(), result=result))
 
     async def step(self, place: Place | None, still_locked: Any) -> Step:
         """Prune one batch after `place`."""
@@ -296,7 +295,6 @@ class Pruner:
         arrow().default_memory_pool().release_unused()
         return len(written)
 
-    @retry_conflicts
     async def _announce(self, doomed: Doomed) -> None:
         """Write and seal the event that says which positions go."""
         facts = {
@@ -305,10 +303,8 @@ class Pruner:
             "before": self._before.isoformat(),
             "archived": self._manifest is not None,
         }
-        async with self._database.write() as connection:
-            why = "Events older than the retention were pruned."
-            event_id = await write_door(connection, PRUNE, facts, by=self._by, environment=self._environment, why=why)
-        await seal_event(self._database, self._sealer, event_id)
+        said = {"by": self._by, "environment": self._environment, "why": "Events older than the retention were pruned."}
+        await seal_door(self._database, self._sealer, PRUNE, facts, **said)
 
     @retry_conflicts
     async def _delete(self, ids: Sequence[int], transaction_ids: Sequence[int | None]) -> None:
@@ -341,12 +337,19 @@ def _larger(dialect: str, column: Any, value: int) -> ColumnElement[int]:
     return func.greatest(*both) if dialect == "postgresql" else func.max(*both)
 
 
-async def seal_event(database: Database, sealer: Sealer, event_id: int) -> None:
-    """Seal the event, which is committed.
+async def seal_door(database: Database, sealer: Sealer, door: str, facts: Mapping[str, Any], **said: Any) -> None:
+    """Write the event of a door and seal it; what it says, as for `write_door`.
 
     Raises:
         LogMismatchError: It could not be sealed.
     """
+
+    @retry_conflicts
+    async def write() -> int:
+        async with database.write() as connection:
+            return await write_door(connection, door, facts, **said)
+
+    event_id = await write()
     # The second time by comparing everything: ids of transactions are given out again after a crash of the server.
     for anew in (False, True):
         await sealer.seal(anew=anew)
