@@ -20,7 +20,7 @@ from sqlalchemy import text
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
 from agent_gateway_store.archive import Archive
 from agent_gateway_store.audit.filters import Filters
-from agent_gateway_store.errors import ArchiveError, EventsPrunedError, HoldNotFoundError
+from agent_gateway_store.errors import ArchiveError, EventsPrunedError, HoldNotFoundError, UnreadableRowError
 from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.retention import prune
 from builders import make_event
@@ -437,10 +437,15 @@ async def test_a_pruner_killed_at_any_step_loses_nothing(
 
 
 async def test_the_last_runs_are_kept(store: GatewayStore) -> None:
-    """How each ended, so that `doctor` can tell."""
+    """How each ended, so that `doctor` can tell; also one that fails when all is done but the counts."""
     await store.audit.write_many([*old_events(3), make_event(timestamp=NEW)])
     await store.retention.prune(BEFORE, by="ops", discard=True)
     await store.retention.prune(BEFORE, by="ops", discard=True, max_seconds=0)
+    await store.retention.hold("altered", reason="r", by="ops")
+    await tamper(store.database.engine, "UPDATE audit_holds SET filters = '[1]'")
+    with pytest.raises(UnreadableRowError):
+        await store.retention.prune(BEFORE, by="ops", discard=True, max_seconds=0)
     async with store.database.read() as connection:
         found = await connection.execute(text("SELECT result, events FROM audit_prunes ORDER BY id"))
-        assert [tuple(row) for row in found] == [("done", 3), ("the time was up", 0)]
+        ended = [("done", 3), ("the time was up", 0), ("failed: UnreadableRowError", 0)]
+        assert [tuple(row) for row in found] == ended

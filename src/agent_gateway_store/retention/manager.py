@@ -121,31 +121,31 @@ class RetentionManager:
         pruner = Pruner(self._database, self._sealer, by=by, environment=self._environment, before=end, archive=folder)
         await self._sealer.seal()
         with progress_bar(progress, "Pruning") as report:
-            events, files, result = await self._run(pruner, folder, max_seconds, report)
-        held, remaining = await pruner.counts()
-        await pruner.end(result)
-        return Pruned(events=events, files=files, held=held, remaining=remaining)
+            return await self._run(pruner, folder, max_seconds, report)
 
     async def _run(
         self, pruner: Pruner, archive: Path | None, max_seconds: float | None, report: Callable[[int], None]
-    ) -> tuple[int, int, str]:
+    ) -> Pruned:
         loop = asyncio.get_running_loop()
         deadline = math.inf if max_seconds is None else loop.time() + max_seconds
-        total = Step(0, 0, None)
-        async with self._writing(archive):
-            await pruner.start()
+        total, result = Step(0, 0, None), "the time was up"
         try:
+            async with self._writing(archive):
+                await pruner.start()
             while loop.time() < deadline:
                 total = await self._turn(pruner, archive, total, deadline, report)
                 if total.next is None:
-                    return total.events, total.files, "done"
+                    result = "done"
+                    break
                 # So that whoever waits for the lock gets it.
                 await asyncio.sleep(PAUSE_S)
+            held, remaining = await pruner.counts()
         except BaseException as exc:
             with suppress(GatewayStoreError):
                 await pruner.end(f"failed: {type(exc).__name__}")
             raise
-        return total.events, total.files, "the time was up"
+        await pruner.end(result)
+        return Pruned(events=total.events, files=total.files, held=held, remaining=remaining)
 
     async def _turn(
         self, pruner: Pruner, archive: Path | None, total: Step, deadline: float, report: Callable[[int], None]
