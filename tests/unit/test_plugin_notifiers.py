@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from typing import Any
@@ -57,9 +58,31 @@ class Source:
             raise self.answer
         return self.answer() if callable(self.answer) else self.answer
 
+    @hookimpl
+    def gateway_store_plugin_settings(self) -> Any:
+        return self.gateway_store_register_notifiers()
+
 
 async def _coroutine() -> list[RecordingNotifier]:
     return [RecordingNotifier("never")]
+
+
+def test_only_ctrl_c_of_the_user_ends_the_wait_for_settings() -> None:
+    """What a plugin raises in its thread is its own problem."""
+    release = threading.Event()
+
+    def hang() -> None:
+        if not release.is_set():
+            signal.raise_signal(signal.SIGINT)
+            release.wait(5)
+
+    plugins = load(given=(Source(KeyboardInterrupt()), Source(hang)))
+    with pytest.raises(KeyboardInterrupt):
+        plugins.settings(20)
+    release.set()
+
+    assert plugins.settings(20) == {}
+    assert record(plugins, "Source").error == "gateway_store_plugin_settings: KeyboardInterrupt"
 
 
 class TestNotifiers:
@@ -126,7 +149,8 @@ class TestNotifiers:
 
         assert 0.2 <= waited < 3
         assert list(found) == ["before", "after"]
-        assert record(plugins, "Source-3").error == "gateway_store_register_notifiers did not return within 0.2 seconds"
+        said = "gateway_store_register_notifiers: TimeoutError: no answer within 0.2 seconds"
+        assert record(plugins, "Source-3").error == said
 
     def test_asking_again_forgets_old_faults(self, settings: StoreSettings) -> None:
         """The record tells how it stands, not how it once was."""

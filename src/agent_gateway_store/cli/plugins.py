@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="plugins", no_args_is_help=True, help="List the installed plugins, and check them.")
 
 COMMANDS = "gateway_store_register_commands"
-# Seconds that a plugin has to register its commands, which takes none of its own I/O. As long as PLUGIN_TIMEOUT_SECONDS
+# Seconds that plugins have to register their commands, which takes no I/O of theirs: as long as PLUGIN_TIMEOUT_SECONDS
 # is by default, which cannot be read here: no option, and so no settings, is known yet.
 _PATIENCE_S = 5.0
 _SAME = ("name", "version", "distribution", "hooks", "notifiers", "sinks", "settings", "state")
@@ -147,18 +147,12 @@ def plugin_commands(taken: Container[str]) -> dict[str, Any]:
 
 def _commands(plugins: Plugins) -> Iterator[tuple[str, dict[str, Any] | BaseException]]:
     """Yield for each plugin that has commands its name, and the commands by name or why there are none."""
-    for plugin, caller in plugins.callers(COMMANDS).items():
-        from agent_gateway_store.hooks.executor import run_in_thread
+    callers = plugins.callers(COMMANDS)
+    if not callers:
+        return
+    from agent_gateway_store.hooks.executor import ask_plugins
 
-        made: dict[str, Any] | BaseException
-        try:
-            made = run_in_thread(partial(_registered, caller), name=f"gateway-store {plugin}").result(_PATIENCE_S)
-        except KeyboardInterrupt:
-            raise
-        # Also SystemExit, by which a plugin could otherwise end every command of ours.
-        except BaseException as exc:
-            made = exc
-        yield plugin, made
+    yield from ask_plugins({name: partial(_registered, caller) for name, caller in callers.items()}, _PATIENCE_S)
 
 
 def _registered(caller: Callable[..., list[object]]) -> dict[str, Any]:

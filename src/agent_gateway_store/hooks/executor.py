@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
@@ -353,6 +353,26 @@ def run_in_thread(function: Callable[[], T], *, name: str) -> Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def ask_plugins(asked: Mapping[str, Callable[[], T]], timeout_s: float) -> Iterator[tuple[str, T | BaseException]]:
+    """Call a function for each plugin, by name, side by side in threads; yield what each returned, or why it did not.
+
+    Together they have `timeout_s` seconds. Raises nothing of theirs: a KeyboardInterrupt is one of the caller's thread.
+    """
+    deadline = time.monotonic() + timeout_s
+    futures: dict[str, Future[T]] = {}
+    for name, function in asked.items():
+        try:
+            futures[name] = run_in_thread(function, name=f"gateway-store {name}")
+        except RuntimeError as exc:
+            yield name, exc
+    for name, future in futures.items():
+        try:
+            error = future.exception(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            error = TimeoutError(f"no answer within {timeout_s:g} seconds")
+        yield name, future.result() if error is None else error
 
 
 async def awaited(results: list[object]) -> list[object]:

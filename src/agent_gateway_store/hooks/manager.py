@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata
@@ -104,27 +103,19 @@ class Plugins:
 
     def _offered(self, hook: str, kind: str, settings: StoreSettings) -> dict[str, Any]:
         # Here, so that a command line without a store loads no asyncio.
-        from agent_gateway_store.hooks.executor import run_in_thread
+        from agent_gateway_store.hooks.executor import ask_plugins
 
-        timeout = settings.plugin_timeout_seconds
-        deadline = time.monotonic() + timeout
-        asked = []
         for plugin in self._plugins:
             plugin.forget_offer(hook)
-            if plugin.offers(hook):
-                try:
-                    future = run_in_thread(partial(plugin.offer, settings, hook), name=f"gateway-store {plugin.name}")
-                except RuntimeError as exc:
-                    plugin.add_problem(describe(exc), of=hook)
-                else:
-                    asked.append((plugin, future))
+        offering = {plugin.name: plugin for plugin in self._plugins if plugin.offers(hook)}
+        asked = {name: partial(plugin.offer, settings, hook) for name, plugin in offering.items()}
         found: dict[str, Any] = {}
-        for plugin, future in asked:
-            try:
-                fitting, problems = future.result(max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                plugin.add_problem(f"{hook} did not return within {timeout:g} seconds", of=hook)
+        for plugin_name, offered in ask_plugins(asked, settings.plugin_timeout_seconds):
+            plugin = offering[plugin_name]
+            if isinstance(offered, BaseException):
+                plugin.add_problem(f"{hook}: {describe(offered)}", of=hook)
                 continue
+            fitting, problems = offered
             for problem in problems:
                 plugin.add_problem(problem, of=hook)
             for name, each in fitting:
@@ -140,21 +131,17 @@ class Plugins:
     def settings(self, timeout_s: float) -> dict[str, SettingsState]:
         """Return the state of the settings that plugins declare, by plugin name. Raises nothing; records problems.
 
-        Each plugin has `timeout_s` seconds to answer.
+        The plugins are asked side by side, and together have `timeout_s` seconds to answer.
         """
-        from agent_gateway_store.hooks.executor import run_in_thread
+        from agent_gateway_store.hooks.executor import ask_plugins
 
+        asked = {plugin.name: plugin.settings for plugin in self._plugins if plugin.caller(SETTINGS) is not None}
         found: dict[str, SettingsState] = {}
-        for plugin in self._plugins:
-            if plugin.caller(SETTINGS) is None:
-                continue
-            try:
-                state = run_in_thread(plugin.settings, name=f"gateway-store {plugin.name}").result(timeout_s)
-            except BaseException as exc:
-                plugin.add_problem(f"{SETTINGS}: {describe(exc)}")
-            else:
-                if state is not None:
-                    found[plugin.name] = state
+        for name, state in ask_plugins(asked, timeout_s):
+            if isinstance(state, BaseException):
+                self.add_problem(name, f"{SETTINGS}: {describe(state)}")
+            elif state is not None:
+                found[name] = state
         return found
 
     def _new(self, name: str, *, origin: tuple[str, str] | None = None) -> Plugin:
