@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from contract_helpers import approved, column, idle
+from contract_helpers import approved, column, idle, until
 
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.audit.doors import renew_identity
@@ -288,8 +288,14 @@ async def test_an_altered_approval_stops_no_restore(database_url: str) -> None:
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS, plugins=[RecordingNotifier()]) as store:
         for number in range(2):
             await store.approvals.issue_token(make_request(request_id=f"r-{number}"))
-        await idle(store)
-        due = "UPDATE notification_deliveries SET status = 'DUE', delivered_at = NULL"
+
+        async def is_delivered() -> bool:
+            return not await store.notifications.list("DUE")
+
+        # And due again after the test: the store would deliver them meanwhile.
+        await until(is_delivered)
+        later = "2100-01-01 00:00:00.000000".replace(":", r"\:")
+        due = f"UPDATE {NOTICES} SET status = 'DUE', delivered_at = NULL, next_attempt_at = '{later}'"
         first = "(SELECT approval_id FROM approval_requests WHERE id = 1)"
         altered = (
             f"UPDATE {name} SET approval_id = 'zz' WHERE approval_id = " for name in (NOTICES, "approval_requests")
