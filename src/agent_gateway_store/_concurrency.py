@@ -226,9 +226,9 @@ class BatchQueue(Generic[I, R]):
             await self._progress.wait()
 
     async def close(self, timeout_s: float) -> int:
-        """Wait for what has arrived, `timeout_s` seconds at most; return how many items were abandoned.
+        """Wait for what has arrived, `timeout_s` seconds at most; return how many items are left.
 
-        Only for a queue with `abandon`.
+        Those are abandoned; without `abandon` they stay, and nothing processes them unless another one is added.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
