@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from agent_gateway_store import AuditEvent, GatewayStore
+from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
+from agent_gateway_store.audit import writes
+from agent_gateway_store.errors import AuditUnavailableError
 from builders import make_event
+from tampering import tamper
 
 
 async def _exported(store: GatewayStore, path: Path) -> list[AuditEvent]:
@@ -100,6 +104,23 @@ async def test_an_event_of_another_organisation_keeps_its_content(store: Gateway
     await _exported(store, tmp_path / "e.jsonl")
 
     assert await store.for_org("acme").audit.import_file(tmp_path / "e.jsonl") == {"STORED": 3}
+
+
+async def test_the_file_is_closed_where_its_events_cannot_be_stored(
+    own_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With most of it unread; the error, and with it the frames that read, is kept."""
+    path = tmp_path / "e.jsonl"
+    monkeypatch.setattr(writes, "BULK_ROWS", 50)
+    settings = StoreSettings(audit_mode="strict", audit_seal_seconds=0)
+    async with GatewayStore(own_database_url, redis_url="", settings=settings) as store:
+        await store.audit.write_many(make_event() for _ in range(300))
+        await store.audit.export(path)
+        await tamper(store.database.engine, "ALTER TABLE audit_events RENAME TO elsewhere")
+        with pytest.raises(AuditUnavailableError):
+            await store.audit.import_file(path)
+
+        assert str(path) not in map(os.path.realpath, Path("/proc/self/fd").iterdir())
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])

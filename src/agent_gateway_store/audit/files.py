@@ -7,8 +7,8 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def importing(
     if kind == "csv":
         raise ValueError("CSV cannot be read back exactly: export JSONL or Parquet to import it elsewhere.")
     records = _json_records(path) if kind == "jsonl" else _parquet_records(path)
-    with progress_bar(progress, f"Importing {path.name}") as report:
+    # The records hold the file open, also where nobody asks for the rest of them.
+    with progress_bar(progress, f"Importing {path.name}") as report, closing(records):
         yield counted(_events_of(records, path, on_refused), report)
 
 
@@ -98,7 +99,7 @@ def _event_of(record: dict[str, Any], path: Path, number: int) -> AuditEvent | V
     return event
 
 
-def _json_records(path: Path) -> Iterator[dict[str, Any] | ValueError | None]:
+def _json_records(path: Path) -> Generator[dict[str, Any] | ValueError | None]:
     with _read_opened(path) as file:
         # Nothing is unpacked of a plain file, whose size may be unknown: it can be a pipe.
         unpacked, most = 0, _most_unpacked(path) if path.suffix.lower() in COMPRESSIONS else math.inf
@@ -130,7 +131,7 @@ def _unpacks_too_far(path: Path) -> ValueError:
     )
 
 
-def _parquet_records(path: Path) -> Iterator[dict[str, Any] | ValueError | None]:
+def _parquet_records(path: Path) -> Generator[dict[str, Any] | ValueError | None]:
     pa = arrow("Reading Parquet")
     from pyarrow import dataset
 

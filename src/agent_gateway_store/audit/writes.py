@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from itertools import islice
 
 from pydantic import ValidationError
@@ -114,14 +115,15 @@ async def write_batches(
 
     under_way: asyncio.Task[list[WriteOutcome]] | None = None
     try:
-        async for batch in encode_batches(events, org_id, trace_id, reject=reject):
-            rows = await hooks.prepare(batch) if hooks.is_wanted else batch
-            # While one batch is committed the next one is encoded.
-            if under_way is not None:
-                # `wait`, because cancelling the caller must not cancel a commit that has begun.
-                await asyncio.wait([under_way])
-                outcomes.update(under_way.result())
-            under_way = asyncio.create_task(writer.write_batch(rows))
+        async with aclosing(encode_batches(events, org_id, trace_id, reject=reject)) as batches:
+            async for batch in batches:
+                rows = await hooks.prepare(batch) if hooks.is_wanted else batch
+                # While one batch is committed the next one is encoded.
+                if under_way is not None:
+                    # `wait`, because cancelling the caller must not cancel a commit that has begun.
+                    await asyncio.wait([under_way])
+                    outcomes.update(under_way.result())
+                under_way = asyncio.create_task(writer.write_batch(rows))
     finally:
         if under_way is not None:
             await asyncio.wait([under_way])
@@ -135,25 +137,26 @@ async def encode_batches(
     trace_id: str | None,
     *,
     reject: Callable[[AuditEvent, Exception], None],
-) -> AsyncIterator[list[EncodedRow]]:
+) -> AsyncGenerator[list[EncodedRow]]:
     """Yield the rows of `events` in batches of about `BULK_ROWS`; other tasks run meanwhile.
 
     An event that is not valid goes to `reject`. If that raises, or `events` does, those before it are yielded first.
     """
     rows: list[EncodedRow] = []
     try:
-        async for some in _slices(events):
-            for event in some:
-                try:
-                    rows.append(
-                        encode_light(event, org_id=org_id, trace_id=trace_id)
-                        or await encode_aside(event, org_id=org_id, trace_id=trace_id)
-                    )
-                except ValidationError as exc:
-                    reject(event, exc)
-            if len(rows) >= BULK_ROWS:
-                yield rows
-                rows = []
+        async with aclosing(_slices(events)) as slices:
+            async for some in slices:
+                for event in some:
+                    try:
+                        rows.append(
+                            encode_light(event, org_id=org_id, trace_id=trace_id)
+                            or await encode_aside(event, org_id=org_id, trace_id=trace_id)
+                        )
+                    except ValidationError as exc:
+                        reject(event, exc)
+                if len(rows) >= BULK_ROWS:
+                    yield rows
+                    rows = []
     except Exception:
         if rows:
             yield rows
@@ -162,7 +165,7 @@ async def encode_batches(
         yield rows
 
 
-async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncIterator[Sequence[AuditEvent]]:
+async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> AsyncGenerator[Sequence[AuditEvent]]:
     if isinstance(events, AsyncIterable):
         async for event in events:
             yield (event,)
