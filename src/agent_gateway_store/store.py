@@ -364,7 +364,8 @@ class _Core:
             self.database.bind_to_loop()
             self.writer.writer = writer
             self.before_write.withheld = self.after_write.unnotified = 0
-            self.key_cache.open()
+            for part in (self.key_cache, self.redis, self.sealer, self.retention_lock):
+                part.open()
             await writer.open()
             # Last: from now on the store counts as open.
             self.outbox.open(dispatcher, notifiers)

@@ -8,14 +8,18 @@ import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from contract_helpers import BOTH
 
 import agent_gateway_store.store as store_module
 import servers
-from agent_gateway_store import GatewayStore, SyncGatewayStore, errors
+from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, errors, hookimpl
+from agent_gateway_store.evidence.sealer import Sealer
 from agent_gateway_store.storage.database import get_db
-from builders import make_event
+from agent_gateway_store.testing import RecordingNotifier
+from builders import CALL, make_event, make_request
 
 
 def open_slowly(
@@ -137,6 +141,73 @@ async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: C
     await asyncio.to_thread(servers.run, store.migrate())
 
     assert await asyncio.to_thread(servers.run, work()) == 0
+
+
+class Hooked(RecordingNotifier):
+    """A notifier that audit events pass by."""
+
+    @hookimpl
+    def gateway_store_before_audit_write(self, event: Any) -> None:
+        """Change nothing."""
+
+    @hookimpl
+    def gateway_store_audit_written(self, events: Any) -> None:
+        """Keep nothing."""
+
+
+async def use(store: GatewayStore) -> None:
+    """Use each family of public methods."""
+    approvals, keys, retention, caller = store.approvals, store.keys, store.retention, uuid4().hex
+    await store.audit.write(make_event())
+    await store.audit.write_many([make_event(), make_event()])
+    await store.audit.search(caller_id="dev-agent")
+    await store.evidence.seal()
+    await retention.hold(caller, reason="r", by="legal")
+    await retention.release_hold(caller, by="legal")
+    await retention.prune("400d", by="legal", discard=True)
+    await retention.prune_approvals("400d", by="legal", discard=True)
+    issued = await keys.issue(caller, role="developer")
+    await asyncio.gather(*(keys.verify(issued.plaintext) for _ in range(2)))
+    await keys.rotate(caller)
+    # More than there are connections to Redis.
+    asked, *others = await asyncio.gather(*(approvals.issue_token(make_request()) for _ in range(40)))
+    waiting = [asyncio.create_task(approvals.wait_for_decision(asked, timeout_s=20)) for _ in range(2)]
+    await asyncio.gather(*map(approvals.check_token, others))
+    await approvals.approve(asked, "alice")
+    await asyncio.gather(*waiting)
+    await approvals.consume_token(asked, caller_id="dev-agent", tool_call=CALL)
+    await store.notifications.run(once=True)
+    await store.sinks.list()
+
+
+@BOTH
+async def test_a_store_that_is_opened_again_works_in_its_new_loop(
+    database_url: str, redis_setting: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever tasks waited for in the loop before: each other, the database, Redis, or the last seal of its close."""
+    settings = StoreSettings(redis_timeout_seconds=5, audit_seal_seconds=0.01)
+    store = GatewayStore(database_url, redis_url=redis_setting, settings=settings, plugins=[Hooked()])
+    real, seals = Sealer.seal, asyncio.Event()
+
+    async def slow(sealer: Sealer, *, wait: bool = True, anew: bool = False) -> Any:
+        if not wait:
+            seals.set()
+            await asyncio.sleep(0.1)
+        return await real(sealer, wait=wait, anew=anew)
+
+    async def work() -> None:
+        nonlocal seals
+        seals = asyncio.Event()
+        async with store:
+            await asyncio.gather(*(use(store) for _ in range(2)))
+            seals.clear()
+            await seals.wait()
+
+    monkeypatch.setattr(Sealer, "seal", slow)
+    for _ in range(2):
+        await asyncio.to_thread(servers.run, work())
+
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,10 @@ class Sealer:
     ) -> None:
         self._database, self._origin, self._signer, self._publish = database, origin, signer, publish
         self._look = _Look()
+        self.open()
+
+    def open(self) -> None:
+        """Serve the event loop in which the store opens: a lock belongs to one."""
         self._one_at_a_time = asyncio.Lock()
 
     async def seal(self, *, wait: bool = True, anew: bool = False) -> Checkpoint | None:
@@ -369,12 +373,13 @@ class BackgroundSealer:
     def __init__(self, sealer: Sealer, *, every_s: float, has_written: Callable[[], bool]) -> None:
         self._sealer, self._every_s, self._has_written = sealer, every_s, has_written
         self._task: asyncio.Task[None] | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Event
 
     def start(self) -> None:
         """Begin, unless the interval is 0."""
         if self._every_s > 0 and self._task is None:
+            self._idle = asyncio.Event()
+            self._idle.set()
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self, timeout_s: float) -> None:

@@ -80,6 +80,10 @@ class ExclusiveLock:
 
     def __init__(self, database: Database, *, key: int, suffix: str, wait_s: float, busy: str) -> None:
         self._database, self._key, self._suffix, self._wait_s, self._busy = database, key, suffix, wait_s, busy
+        self.open()
+
+    def open(self) -> None:
+        """Serve the event loop in which the store opens: the tasks that wait for each other here are of one."""
         self._here = asyncio.Lock()
 
     @asynccontextmanager

@@ -158,10 +158,15 @@ class RedisCache:
         self.log = OutageLog(_logger)
         self.fault = ""
         if client is not None:
-            # The pool of a client from outside may be smaller.
-            self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, client.connection_pool.max_connections))
             self._get, self._put_newer = client.register_script(_GET), client.register_script(_PUT_NEWER)
             self._delete_naming = client.register_script(_DELETE_NAMING)
+        self.open()
+
+    def open(self) -> None:
+        """Serve the event loop in which the store opens, and leave to the last one what was its own."""
+        if self.client is not None:
+            # The pool of a client from outside may be smaller.
+            self._places = asyncio.Semaphore(min(_MAX_CONNECTIONS, self.client.connection_pool.max_connections))
         self._puts: BatchQueue[_Put, bool] = BatchQueue(
             self._put_batch,
             max_items=_MAX_CONNECTIONS,
