@@ -82,9 +82,13 @@ class SingleFlight(Generic[T]):
     A task that is cancelled disturbs no other. When the last one is cancelled, so is the work, which has ended before
     the cancellation goes on. Where an answer that was begun before a change would be wrong, put a number that grows
     with each change into the key. (The name is that of Go's package singleflight.)
+
+    Args:
+        to_end: Work goes on to its end also when nobody waits for it any more, and can still be joined.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, to_end: bool = False) -> None:
+        self._to_end = to_end
         self._flights: dict[Hashable, _Flight[T]] = {}
 
     async def run(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]], *, max_age_s: float = math.inf) -> T:
@@ -103,7 +107,7 @@ class SingleFlight(Generic[T]):
         finally:
             flight.waiting -= 1
             # The last caller waits for the end of the work, so that nothing of it runs after its cancellation.
-            if flight.waiting == 0 and not flight.task.done():
+            if flight.waiting == 0 and not flight.task.done() and not self._to_end:
                 self._forget(key, flight)
                 flight.task.cancel()
                 await asyncio.wait([flight.task])

@@ -428,7 +428,7 @@ class _Core:
             # Tasks that still wait for a decision read once more, and find the store closed.
             steps.callback(self.pubsub.notify_all)
             steps.push_async_callback(self.database.close)
-            steps.callback(self.hasher.close)
+            steps.push_async_callback(self.hasher.close)
             steps.push_async_callback(self.executor.aclose)
             steps.push_async_callback(self.outbox.close)
             if self.writer.writer is not None:

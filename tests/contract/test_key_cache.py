@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 from types import FunctionType, MethodType
 
@@ -127,16 +128,31 @@ async def test_new_good_key_is_never_called_wrong(store: GatewayStore, other: Ga
 async def test_callers_that_hang_up_count(store: GatewayStore, gate: Gate) -> None:
     """Whoever leaves while bcrypt is at a wrong key has failed all the same."""
     issued = await issue(store)
-    tasks = []
     for number in range(8):
         gate.clear()
-        tasks.append(asyncio.create_task(answer(store, new_key(issued.api_key.key_id))))
+        key = new_key(issued.api_key.key_id)
+        task = asyncio.create_task(answer(store, key))
         await checking(gate, number + 1)
-        tasks[-1].cancel()
-        await asyncio.wait(tasks)
+        task.cancel()
+        await asyncio.wait([task])
         gate.set()
+        # Joins the check: four of an id may be under way.
+        await answer(store, key)
 
     assert await answer(store, new_key(issued.api_key.key_id)) == "busy"
+
+
+async def test_callers_of_a_right_key_that_give_up_lock_nobody_out(store: GatewayStore, gate: Gate) -> None:
+    """The check that the first one began goes on, is joined by whoever comes next, and its answer is remembered."""
+    issued = await issue(store)
+    gate.clear()
+    for _ in range(9):
+        with suppress(TimeoutError):
+            await asyncio.wait_for(answer(store, issued), 0.05)
+    gate.set()
+
+    assert await answer(store, issued) == "good"
+    assert gate.begun == 1
 
 
 async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate) -> None:

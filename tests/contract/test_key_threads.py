@@ -88,13 +88,18 @@ async def test_check_under_way_counts_until_its_thread_is_done(
 
 
 async def test_closing_ends_the_checks_that_wait(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that has not begun when the store closes says so; it is not mistaken for a cancellation."""
+    """Also one whose caller is gone while a thread is at it; nobody takes that for a cancellation of theirs."""
+    before = asyncio.all_tasks()
     async with GatewayStore(database_url) as store:
-        tasks, release = await hold(store, monkeypatch, 8)
-    release()
+        (gone, *tasks), release = await hold(store, monkeypatch, 8)
+        gone.cancel()
+        await asyncio.wait([gone])
     answers = await asyncio.gather(*tasks, return_exceptions=True)
+    left = asyncio.all_tasks() - before
+    release()
 
     assert {type(answer) for answer in answers} == {errors.StoreNotOpenError}
+    assert left == set()
 
 
 async def test_closing_ends_a_key_that_is_made_by_a_task_that_was_cancelled_before(

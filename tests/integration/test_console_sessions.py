@@ -16,6 +16,7 @@ from starlette.routing import Mount
 
 from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.console.sessions import COOKIE
+from agent_gateway_store.keys import KeyManager
 from builders import make_event
 
 url, running = console_helpers.url, console_helpers.running
@@ -197,6 +198,29 @@ async def test_keys_that_are_sent_at_once_are_refused_like_keys_one_after_anothe
 
     assert entered == [303] * 12
     assert Counter(answer.status_code for answer in answers) == {403: 10, 429: 20}
+
+
+async def test_who_hangs_up_while_a_wrong_key_is_checked_is_counted(
+    running: tuple[GatewayStore, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As whoever waits for the answer."""
+    store, app = running
+    right, wrong, visitor = await key_of(store), await key_of(store, "bob", role="developer"), Visitor(app)
+    real, begun = KeyManager.verify, asyncio.Event()
+
+    async def noted(keys: KeyManager, key: str) -> Any:
+        begun.set()
+        return await real(keys, key)
+
+    monkeypatch.setattr(KeyManager, "verify", noted)
+    for _ in range(10):
+        begun.clear()
+        leaving = asyncio.create_task(visitor.sign_in(wrong))
+        await begun.wait()
+        leaving.cancel()
+        await asyncio.wait([leaving])
+
+    assert (await visitor.sign_in(right)).status_code == 429
 
 
 async def test_ten_refused_keys_stop_an_address_for_a_minute_and_fewer_never(running: tuple[GatewayStore, Any]) -> None:

@@ -16,6 +16,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from ipaddress import IPv4Address, IPv6Network, ip_address
 from typing import Any
 
@@ -23,10 +24,11 @@ from cachetools import TTLCache
 from starlette.requests import Request
 
 from agent_gateway_store import ApprovalManager, AuditQuery, _text, clock
+from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.errors import ApiKeyNotFoundError, InvalidApiKeyError, StoreUnavailableError
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent, Decision, ExecutionStatus
-from agent_gateway_store.models.keys import KeyReading
+from agent_gateway_store.models.keys import CallerIdentity, KeyReading
 from agent_gateway_store.results import Page
 from agent_gateway_store.store import GatewayStore
 
@@ -90,6 +92,7 @@ class Sessions:
         self._lasts = timedelta(seconds=store.settings.console_session_seconds)
         self._sign_ins: TTLCache[str, AuditEvent] = TTLCache(_REMEMBERED, _REMEMBERED_S)
         self._failures: TTLCache[str, list[int]] = TTLCache(_ADDRESSES, _FAILURES_S, timer=clock.monotonic)
+        self._judging: SingleFlight[CallerIdentity] = SingleFlight(to_end=True)
 
     def is_limited(self, address: str) -> bool:
         """Return True while an address has failed, or is trying, too often; counted in this process."""
@@ -106,8 +109,17 @@ class Sessions:
         failures = self._failures.setdefault(_network_of(address), [0])
         # Each counts until it proves right, or a thousand that are sent at once would all be judged.
         failures[0] += 1
+        # To its end, or a visitor who hangs up at once could guess without being counted.
+        identity = await self._judging.run(object(), partial(self._judge, key.strip(), failures, address))
+        reading = await self._store.for_org(identity.org_id).keys.read(identity.caller_id)
+        session_id = secrets.token_urlsafe(32)
+        await self._write(_SIGN_IN, session_id, reading, address)
+        logger.info("%s signed in to the console, from %s.", _text.escape(identity.caller_id), _text.escape(address))
+        return session_id
+
+    async def _judge(self, key: str, failures: list[int], address: str) -> CallerIdentity:
         try:
-            identity = await self._store.keys.verify(key.strip())
+            identity = await self._store.keys.verify(key)
             if identity.role not in self._roles:
                 raise InvalidApiKeyError
         except InvalidApiKeyError:
@@ -116,11 +128,7 @@ class Sessions:
             raise
         finally:
             failures[0] -= 1
-        reading = await self._store.for_org(identity.org_id).keys.read(identity.caller_id)
-        session_id = secrets.token_urlsafe(32)
-        await self._write(_SIGN_IN, session_id, reading, address)
-        logger.info("%s signed in to the console, from %s.", _text.escape(identity.caller_id), _text.escape(address))
-        return session_id
+        return identity
 
     async def find(self, session_id: str | None) -> Session | None:
         """Return the session of this id, or None if there is none, or it or its key has ended.

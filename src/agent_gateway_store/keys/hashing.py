@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import bcrypt
 from cachetools import LRUCache
@@ -45,6 +45,7 @@ class Hasher:
         self._max_threads = max(1, (os.cpu_count() or 2) - 1)
         self._pool: ThreadPoolExecutor | None = None
         self._room = threading.Semaphore(_MAX_WAITING)
+        self._waiters: set[asyncio.Future[Any]] = set()
 
     async def hash(self, secret: bytes) -> str:
         """Return the bcrypt of `secret` (at most 72 bytes)."""
@@ -72,19 +73,27 @@ class Hasher:
         future.add_done_callback(lambda _: self._room.release())
         task = asyncio.current_task()
         before = task.cancelling() if task is not None else 0
+        waiter = asyncio.wrap_future(future)
+        self._waiters.add(waiter)
         try:
-            return await asyncio.wrap_future(future)
+            return await waiter
         except asyncio.CancelledError:
             # `close` cancels the future, which looks like a cancellation of the caller, but nobody cancelled its task.
-            if future.cancelled() and task is not None and task.cancelling() == before:
+            if waiter.cancelled() and task is not None and task.cancelling() == before:
                 raise StoreNotOpenError("The store was closed while a key was being checked.") from None
             raise
+        finally:
+            self._waiters.discard(waiter)
 
-    def close(self) -> None:
-        """End the threads; checks that wait are dropped."""
+    async def close(self) -> None:
+        """End the threads, and at once whatever waits for them: what a thread is at is dropped when it is done."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+        for waiter in (waiters := tuple(self._waiters)):
+            waiter.cancel()
+        if waiters:
+            await asyncio.wait(waiters)
 
 
 def _is_hash_of(secret: bytes, hashed: str) -> bool:
@@ -109,7 +118,8 @@ class KeyVerifier:
     The result of bcrypt for a key and a hash stays true, so it is remembered without an end, by the key's fingerprint
     (see `KeyCache.fingerprint`) and the hash. Each key id may fail eight times in a row, then once a second, and have
     four checks under way. Beyond that a key that was not checked before gets StoreUnavailableError and not a refusal,
-    since it may be the new key of a caller whose key id is attacked.
+    since it may be the new key of a caller whose key id is attacked. A check goes on when its callers are gone: a wrong
+    key counts whoever hangs up, and a right one is remembered.
 
     Args:
         hasher: bcrypt in its threads.
@@ -122,7 +132,7 @@ class KeyVerifier:
         self._matched: LRUCache[bytes, str] = LRUCache(MAX_VERIFIED)
         self._refused: LRUCache[bytes, tuple[str, ...]] = LRUCache(MAX_REFUSED)
         self._limits: LRUCache[str, _Limit] = LRUCache(MAX_REFUSED)
-        self._flights: SingleFlight[str | None] = SingleFlight()
+        self._flights: SingleFlight[str | None] = SingleFlight(to_end=True)
 
     def admit(self, key_id: str, fingerprint: bytes) -> None:
         """Raise StoreUnavailableError if a check of this key could not run now."""
@@ -163,7 +173,7 @@ class KeyVerifier:
                     if self._remembers:
                         self._matched[fingerprint] = hashed
                     return hashed
-        except StoreUnavailableError:
+        except (StoreUnavailableError, StoreNotOpenError):
             limit.change(+1)
             raise
         finally:
