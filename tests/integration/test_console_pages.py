@@ -9,6 +9,7 @@ import random
 import re
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import console_helpers
@@ -19,7 +20,9 @@ from console_helpers import Visitor, key_of, signed_in, waiting
 from agent_gateway_store import GatewayStore, ToolCall, clock
 from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.console.audit import FILTERS
+from agent_gateway_store.console.inbox import Watch
 from agent_gateway_store.console.sessions import COOKIE
+from agent_gateway_store.results import Page
 from builders import make_event, make_request
 from xss import PAYLOADS
 
@@ -331,6 +334,29 @@ async def test_the_version_of_a_list_changes_exactly_with_the_list(running: tupl
         assert [old != new for old, new in zip(before, seen, strict=True)] == changes, change
     [script] = re.findall(r'<script src="([^"]+)"', await text_of(alice, "/approvals"))
     assert not re.search(r"\.(replace|match|matchAll|test|exec|search|split)\(", await text_of(alice, script))
+
+
+async def test_a_slow_read_for_one_organisation_holds_up_no_other() -> None:
+    """Their event streams read at the same time; those of one organisation share a read."""
+    watch, goes_on, reads = Watch(), asyncio.Event(), list[str]()
+
+    def session(org_id: str, *, is_slow: bool) -> Any:
+        async def search(**_: Any) -> list[Any]:
+            reads.append(org_id)
+            if is_slow:
+                await goes_on.wait()
+            return Page([])
+
+        return SimpleNamespace(org_id=org_id, store=SimpleNamespace(approvals=SimpleNamespace(search=search)))
+
+    slow = [asyncio.create_task(watch.look(session("slow", is_slow=True))) for _ in range(2)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        _, waits = await watch.look(session("quick", is_slow=False))
+    goes_on.set()
+
+    assert [waits, *(found for _, found in await asyncio.gather(*slow))] == [0, 0, 0]
+    assert reads == ["slow", "quick"]
 
 
 async def test_events_tell_of_what_is_new(running: tuple[GatewayStore, Any]) -> None:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from agent_gateway_store import _text, clock
+from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.console import pages
 from agent_gateway_store.console.sessions import Session, address_of, is_right, logger
 from agent_gateway_store.errors import (
@@ -205,15 +206,16 @@ class Watch:
 
     def __init__(self) -> None:
         self._seen: TTLCache[str, tuple[str, int]] = TTLCache(_ORGANISATIONS, LOOK_S * 0.9, timer=clock.monotonic)
-        self._lock = asyncio.Lock()
+        self._reads: SingleFlight[tuple[str, int]] = SingleFlight()
 
     async def look(self, session: Session) -> tuple[str, int]:
         """Return a word that changes with the inbox, and how many wait on its first page."""
-        async with self._lock:
-            found = self._seen.get(session.org_id)
-            if found is None:
-                waiting = await session.store.approvals.search(status=ApprovalStatus.PENDING, limit=PAGE)
-                found = self._seen[session.org_id] = _word_of(waiting), len(waiting)
+        found = self._seen.get(session.org_id)
+        return found or await self._reads.run(session.org_id, partial(self._read, session))
+
+    async def _read(self, session: Session) -> tuple[str, int]:
+        waiting = await session.store.approvals.search(status=ApprovalStatus.PENDING, limit=PAGE)
+        found = self._seen[session.org_id] = _word_of(waiting), len(waiting)
         return found
 
 
