@@ -19,6 +19,8 @@ import pytest
 
 from agent_gateway_store import GatewayStore, StoreSettings, SyncGatewayStore, ToolCall, clock, errors
 from agent_gateway_store.archive import Archive
+from agent_gateway_store.audit.record import encode_event, to_values
+from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.keys.format import new_key
 from agent_gateway_store.retention import erase
 from agent_gateway_store.storage.cache import create_redis
@@ -28,7 +30,7 @@ from builders import make_event, make_request
 
 pytestmark = pytest.mark.unit
 
-RAW_ARGUMENT = "raw-argument-9f2c"
+RAW_ARGUMENT, OUTPUT = "raw-argument-9f2c", "output-77d0"
 PASSWORDS = {"plain-pass-71": "pass-71", "p@ss:w/rd?71#x": "ss:w|rd?71|71#x", "%70ercent-71": "ercent-71"}
 """Passwords, also such as should have been escaped, and pieces by which each is recognised."""
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": RAW_ARGUMENT})
@@ -90,6 +92,8 @@ async def run(store: GatewayStore, trail: Trail) -> None:
         await refused(store.approvals.consume_token(again, caller_id="dev-agent", tool_call=other)),
     ]
     used = await store.approvals.consume_token(again, caller_id="dev-agent", tool_call=CALL)
+    output = make_request(scope="OUTPUT_RELEASE", output_payload={"rows": OUTPUT})
+    await store.approvals.issue_token(output, call=CALL)
     errors_seen.append(await refused(store.approvals.consume_token(again, caller_id="dev-agent", tool_call=CALL)))
     errors_seen.append(await refused(store.approvals.issue_token(request, call=CALL)))
     event = make_event(
@@ -115,12 +119,15 @@ async def run(store: GatewayStore, trail: Trail) -> None:
 
 @pytest.fixture
 async def trail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Trail:
-    """Everything a whole run leaves, with all logs at DEBUG."""
+    """Everything a whole run leaves, with all logs at DEBUG, and then an event in a spool."""
     caplog.set_level(logging.DEBUG)
     trail, recorder = Trail(), RecordingNotifier()
     async with fakeredis.FakeAsyncRedis(decode_responses=True) as client:
         async with GatewayStore(f"sqlite:///{tmp_path}/gateway.db", redis=client, plugins=[recorder]) as store:
             await run(store, trail)
+            spool = Spool(tmp_path / "other.spool", store.database.engine.url, "identity")
+            await spool.add([to_values(encode_event(make_event(sanitized_args={"path": "[redacted]"})))])
+            await spool.close()
         trail.redis = {name: str(await client.get(name)) for name in await client.keys()}
     trail.texts["logs"] = caplog.text
     trail.texts["notices"] = "".join(f"{notice!r}{notice.model_dump_json()}" for notice in recorder.notices)
@@ -135,6 +142,11 @@ async def test_no_secret_is_left_behind(trail: Trail) -> None:
     assert {"logs", "notices", "table api_keys", "table approval_requests", "file gateway.db"} <= trail.texts.keys()
     assert all(trail.texts[name] for name in ("logs", "notices", "table api_keys", "table approval_requests"))
     assert len(trail.secrets) == 7
+    # What the tables and the spool may hold is bound to statements, which drivers like to log.
+    for held in ("[redacted]", OUTPUT, "$2b$"):
+        assert held not in trail.texts["logs"]
+        assert held in "".join(trail.texts.values())
+    assert "[redacted]" in trail.texts["file other.spool"]
 
 
 async def test_search_finds_what_is_there(trail: Trail) -> None:

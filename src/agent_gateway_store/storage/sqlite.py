@@ -91,6 +91,10 @@ class _Connection(aiosqlite.Connection):
             # The thread calls this loop once more; if the loop were closed by then, it would print a traceback.
             await self.ended()
 
+    async def _execute(self, fn: Any, *args: Any, **options: Any) -> Any:
+        # aiosqlite logs what it calls, at DEBUG, with every value that is bound to a statement.
+        return await super()._execute(lambda: fn(*args, **options))  # type: ignore[no-untyped-call]  # of aiosqlite
+
     async def ended(self) -> None:
         """Wait until the thread has ended."""
         while self._thread.is_alive():
