@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import database_helpers
 import pytest
 import uvloop
@@ -18,6 +19,7 @@ from sqlalchemy import text
 import servers
 from agent_gateway_store import errors
 from agent_gateway_store.storage import database as database_module
+from agent_gateway_store.storage.errors import translate_errors
 
 PASSWORD = "s3cr3t-word"
 
@@ -84,6 +86,55 @@ async def test_a_transaction_that_the_server_ended_as_idle_says_so(postgres_data
     database = opened(url)
     with pytest.raises(errors.StoreUnavailableError, match="idle_in_transaction_session_timeout ended it: raise it"):
         await idle()
+    await database.close()
+
+
+async def test_a_connection_that_the_server_ended_is_named(postgres_database: Callable[[], str]) -> None:
+    """Whatever the driver calls it: no pooler, and no wrong URL, is to blame. A pooler is where it is."""
+    url = postgres_database()
+
+    async def end(*drivers: Any) -> None:
+        async with servers.connected(url) as other:
+            for driver in drivers:
+                await other.execute("SELECT pg_terminate_backend($1)", driver.get_server_pid())
+        while not all(driver.is_closed() for driver in drivers):
+            await asyncio.sleep(0.01)
+
+    async def between_statements() -> None:
+        async with database.write() as connection:
+            await connection.execute(text("SELECT 1"))
+            await end((await connection.get_raw_connection()).driver_connection)
+            await connection.execute(text("SELECT 1"))
+
+    async def raw(access: Any, sql: str | None) -> None:
+        async with database.connection(access) as connection:
+            await end(connection.driver)  # type: ignore[union-attr]
+            if sql is not None:
+                await connection.driver.fetch(sql)  # type: ignore[union-attr]
+
+    async def itself() -> None:
+        async with database.connection("read") as connection:
+            await connection.driver.fetch("SELECT pg_terminate_backend(pg_backend_pid())")  # type: ignore[union-attr]
+
+    async def failing_with(error: Exception) -> None:
+        with translate_errors("be read"):
+            raise error
+
+    database = opened(url)
+    lost, pooler = "the server ended the connection: try again", "add pgbouncer=true"
+    for use, said in (
+        (between_statements(), lost),
+        (raw("read", "SELECT 1"), lost),
+        (raw("transaction", None), lost),
+        (itself(), lost),
+        (write(database, "SELECT pg_terminate_backend(pg_backend_pid())"), lost),
+        (failing_with(asyncpg.InternalClientError("got result for unknown protocol state 3")), lost),
+        (write(database, "DEALLOCATE none"), pooler),
+        (write(database, "PREPARE one AS SELECT 1", "PREPARE one AS SELECT 1"), pooler),
+    ):
+        with pytest.raises(errors.StoreUnavailableError, match=said) as caught:
+            await use
+        assert ("pgbouncer" in str(caught.value)) == (said == pooler)
     await database.close()
 
 

@@ -70,6 +70,7 @@ IDS_IN_USE = (
     "it gives ids that are in use, as in a copy without its sequences: run `gateway-store db restored --by NAME`"
 )
 """Ends a sentence about a PostgreSQL whose sequences are behind its rows."""
+_ENDED = "the server ended the connection: try again; if that fails, check that it runs and that DATABASE_URL is right"
 _HINTS = (
     ("invalidpassword", "the database refuses the password: check DATABASE_URL"),
     ("valid client certificate", "the server asks for a client certificate: add sslcert= and sslkey= to DATABASE_URL"),
@@ -113,7 +114,7 @@ _HINTS = (
     ("diskfull", "the disk is full: make room"),
     # What SQLite says where there is no room for the file beside its own that connections share, too.
     ("disk i/o error", "the disk is full or fails: make room, and check it"),
-    ("preparedstatement", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
+    ("duplicatepreparedstatement", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("invalidsqlstatementname", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("statement pooling mode", "the pooler takes no transactions: give it pool_mode = transaction"),
     ("querycanceled", "the server's statement_timeout ended it: raise it for our role with ALTER ROLE ... SET"),
@@ -121,6 +122,9 @@ _HINTS = (
         "idleintransaction",
         "idle_in_transaction_session_timeout ended it: raise it for our role with ALTER ROLE ... SET",
     ),
+    # After the two above, which end a connection as well. The driver says it, too, of what speaks no PostgreSQL.
+    *((word, _ENDED) for word in ("connectiondoesnotexist", "adminshutdown", "crashshutdown", "internalclienterror")),
+    ("connection is closed", _ENDED),
     ("locknotavailable", "another transaction held a lock for too long: end it, or raise lock_timeout for our role"),
     (
         "targetserverattributenotmatched",
