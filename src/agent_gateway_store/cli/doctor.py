@@ -438,4 +438,5 @@ async def _check_sinks(report: Report, ctx: typer.Context, engine: AsyncEngine) 
             report.problem(f"The sink {name} cannot go on: {error}")
         elif row["lag_s"] > _NOBODY_S:
             why = f"it says {error!r}" if error else f"see whether `gateway-store audit ship {name}` runs"
-            report.problem(f"The sink {name} lags {row['lag_s'] / 3600:,.0f} hours behind the log: {why}.")
+            hours = f"{row['lag_s'] / 3600:,.0f} hours"
+            report.problem(f"The oldest event that the sink {name} has not taken is {hours} old: {why}.")
