@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
 from functools import cached_property
@@ -27,7 +26,6 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.audit.writer import AuditWriter, OpenWriter
 from agent_gateway_store.delivery import NotificationManager, StoreOutbox
 from agent_gateway_store.encoding.sanitize import storable_key
-from agent_gateway_store.errors import InvalidUrlError, StoreUnavailableError
 from agent_gateway_store.evidence.manager import CheckpointHooks, EvidenceManager
 from agent_gateway_store.evidence.notes import SigningKey
 from agent_gateway_store.evidence.sealer import BackgroundSealer, Sealer
@@ -46,12 +44,11 @@ from agent_gateway_store.shipping import Shipper, SinkManager
 from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.cache import RedisClient, create_redis
 from agent_gateway_store.storage.database import Database, create_engine
-from agent_gateway_store.storage.identity import is_standby, read_identity
+from agent_gateway_store.storage.identity import check_replica, is_standby, read_identity
 from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
 
-_logger = logging.getLogger("agent_gateway_store")
 # Chosen: as long as `close` waits for other transactions.
 _LAST_WITHDRAWALS_S = 5.0
 # What is not sealed then is sealed by the next store that opens.
@@ -350,7 +347,7 @@ class _Core:
         try:
             await self._prepare_schema()
             identity = await read_identity(self.database.engine)
-            await self._check_replica(identity)
+            await check_replica(self.database, identity)
             dispatcher = Dispatcher(self.plugins, self.settings, self.executor)
             notifiers = await dispatcher.open()
             notify = self.after_write.notify if self.after_write.is_wanted else None
@@ -405,17 +402,6 @@ class _Core:
         if self._auto_migrate or fresh:
             await migrate.upgrade(engine)
         await migrate.require_current(engine)
-
-    async def _check_replica(self, identity: str) -> None:
-        if (replica := self.database.replica) is self.database:
-            return
-        try:
-            found = await read_identity(replica.engine, reads=True)
-        except StoreUnavailableError as exc:
-            _logger.warning("The replica of DATABASE_READ_URL is away, and what reads there will fail: %s", exc)
-            return
-        if found != identity:
-            raise InvalidUrlError("DATABASE_READ_URL leads to another database, not to a replica of this one.")
 
     async def close(self) -> None:
         self._is_open_here()

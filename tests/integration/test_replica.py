@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from console_helpers import Visitor, key_of
+from console_helpers import Visitor, key_of, signed_in
 
 from agent_gateway_store import (
     CallerIdentity,
@@ -20,6 +23,7 @@ from agent_gateway_store.console import create_console
 from agent_gateway_store.errors import AuditUnavailableError, InvalidUrlError, StoreUnavailableError
 from agent_gateway_store.integrations.guard import CallGuard, Verdict
 from builders import make_event, make_request
+from commands import gateway_store
 from proofs.harness import eventually, execute, migrated
 from servers import PostgresServer
 
@@ -119,6 +123,7 @@ async def test_a_replica_that_is_away_is_named_and_its_primary_stands_in_where_b
         async with opened(primary.url, both) as store:
             assert len(await store.audit.list_recent()) == 1
             assert await store.database.replica.replica_age_s() is None
+            assert not await store.database.is_replica_apart()
 
 
 async def test_what_a_person_decides_by_is_read_from_the_primary() -> None:
@@ -177,6 +182,31 @@ async def test_what_a_person_decides_by_is_read_from_the_primary() -> None:
                 await check()
                 assert (await person.get("/audit")).status_code == 503
                 assert (await person.decide(asked.approval_id, "deny")).status_code == 303
+
+
+async def test_a_replica_that_was_promoted_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """It has the identity and answers, and what is new is not there; the log, `doctor` and the console say so."""
+    with PostgresServer() as primary:
+        migrated(primary.url)
+        await execute(primary.url, "CREATE ROLE reader LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+        with PostgresServer(standby_of=primary) as standby:
+
+            async def shown(reads: PostgresServer) -> list[bool]:
+                caplog.clear()
+                url = url_of(reads).replace("postgres@", "reader@")
+                async with opened(primary.url, url) as store:
+                    person = await signed_in(store, create_console(store), uuid4().hex, org_id="default")
+                    pages = [(await person.get(path)).text for path in ("/audit", "/approvals?status=ALL", "/charts")]
+                settings = {"DATABASE_URL": primary.url, "DATABASE_READ_URL": url, "REDIS_URL": ""}
+                outcome = await asyncio.to_thread(partial(gateway_store, "doctor", "--json", **settings))
+                said = [each.message for each in caplog.records if each.levelname == "ERROR"], outcome.json["problems"]
+                found = ["no replica any more" in page for page in pages]
+                return [*found, *("leads to a server of its own" in str(each) for each in said)]
+
+            assert not any(await shown(standby))
+            await execute(standby.url, "SELECT pg_promote()")
+            assert all(await shown(standby))
+            assert not any(await shown(primary))
 
 
 async def test_another_database_is_no_replica(tmp_path: Path) -> None:

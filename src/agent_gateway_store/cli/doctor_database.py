@@ -97,7 +97,7 @@ async def check_server(report: Report, engine: AsyncEngine, settings: StoreSetti
         async with report.noting_errors():
             await check(report, facts, engine)
     if settings.database_read_url:
-        await _check_replica(report, settings.database_read_url, facts["identity"])
+        await _check_replica(report, engine, settings.database_read_url, facts["identity"])
 
 
 async def _check_clock(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
@@ -223,19 +223,23 @@ async def _check_persistence(report: Report, facts: dict[str, Any], engine: Asyn
         )
 
 
-async def _check_replica(report: Report, url: str, identity: str) -> None:
+async def _check_replica(report: Report, engine: AsyncEngine, url: str, identity: str) -> None:
     from agent_gateway_store.settings import mask_url
-    from agent_gateway_store.storage.database import create_engine
-    from agent_gateway_store.storage.identity import read_identity
+    from agent_gateway_store.storage.database import Database, create_engine
+    from agent_gateway_store.storage.identity import IS_APART, read_identity
 
     facts = report.facts["replica"] = {"url": mask_url(url), "reachable": False}
     async with report.noting_errors():
         async with bound(create_engine(url, reads=True), owned=True) as database:
             found = await read_identity(database.engine, reads=True)
             age_s = await database.replica_age_s()
+            both = Database(engine, owned=False, replica=database) if found == identity else database
+            is_apart = await both.is_replica_apart()
         facts |= {"reachable": True, "is_standby": age_s is not None, "age_s": age_s}
         if found != identity:
             report.problem("DATABASE_READ_URL leads to another database: name a replica of this one.")
+        elif is_apart:
+            report.problem(IS_APART)
         elif age_s is not None and age_s > _LAG_S:
             report.problem(
                 f"The replica of DATABASE_READ_URL is {age_s:.0f} seconds behind: look at pg_stat_replication on the "

@@ -124,11 +124,13 @@ def fragment(template: str, **values: Any) -> Markup:
 
 
 async def replica_age(session: Session) -> str | None:
-    """Return how old the replica is that a page was read from, as text; None: it was read from the database itself."""
+    """Return how old what a page was read from may be, as a sentence; None: it was read from the primary."""
     database = session.store.database
-    if database.replica is database or (age_s := await database.replica.replica_age_s()) is None:
-        return None
-    return f"{age_s:.0f} s"
+    if database.replica is not database and (age_s := await database.replica.replica_age_s()) is not None:
+        return f"Read from a replica, at most {age_s:.0f} s behind."
+    if await database.is_replica_apart():
+        return "Read from a server that is no replica any more: what is new is missing here. Tell whoever runs it."
+    return None
 
 
 def message(

@@ -27,6 +27,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store import clock
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber, storable_key
@@ -44,7 +45,7 @@ from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.keys import ApiKey, CallerIdentity, IssuedKey, KeyReading, TrustLevel
 from agent_gateway_store.results import Page
 from agent_gateway_store.settings import StoreSettings
-from agent_gateway_store.storage.database import Transactions, first_row
+from agent_gateway_store.storage.database import Transactions
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.filters import require_between
@@ -302,14 +303,14 @@ class KeyManager:
             own = select(_keys).where(_keys.c.key_id == key_id, _keys.c.key_hash == key_hash)
             with suppress(StoreUnavailableError, TimeoutError):
                 async with asyncio.timeout(_ONE_ROW_S), self._transactions.read() as connection:
-                    if (row := await first_row(connection, own)) is not None:
+                    if (row := await _first_row(connection, own)) is not None:
                         return row
             raise
 
     @retry_conflicts
     async def _insert(self, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
         async with self._transactions.write() as connection:
-            return await first_row(connection, insert(_keys).values(values).returning(*_keys.c))
+            return await _first_row(connection, insert(_keys).values(values).returning(*_keys.c))
 
     @retry_conflicts
     async def _change(self, *statements: Executable) -> Mapping[str, Any] | None:
@@ -437,3 +438,8 @@ def _until_use_due(row: Mapping[str, Any]) -> float:
 def _identity(row: Mapping[str, Any]) -> CallerIdentity:
     names = CallerIdentity.model_fields.keys() - {"api_key_id"}
     return CallerIdentity(api_key_id=row["id"], **{name: row[name] for name in names})
+
+
+async def _first_row(connection: AsyncConnection, statement: Executable) -> Mapping[str, Any] | None:
+    row = (await connection.execute(statement)).mappings().first()
+    return None if row is None else dict(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -49,6 +49,8 @@ SELECT CASE WHEN NOT pg_is_in_recovery() THEN NULL
     WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() AND EXISTS (SELECT FROM pg_stat_wal_receiver) THEN 0
     ELSE greatest(0, extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())) END
 """
+# No two servers have started in the same microsecond, every role may ask, and a pooler changes nothing.
+_SERVER = "SELECT pg_is_in_recovery(), pg_postmaster_start_time()"
 NO_WRITES = (
     "The database takes no writes: it is a standby, or default_transaction_read_only is on. Promote it, or name the "
     "primary in DATABASE_URL."
@@ -71,12 +73,6 @@ def read_committed(engine: AsyncEngine) -> AsyncEngine:
     if engine.dialect.name != "postgresql":
         return engine
     return engine.execution_options(isolation_level="READ COMMITTED")
-
-
-async def first_row(connection: AsyncConnection, statement: Executable) -> Mapping[str, Any] | None:
-    """Run `statement` and return its first row by column name, or None."""
-    row = (await connection.execute(statement)).mappings().first()
-    return None if row is None else dict(row)
 
 
 class Transactions(Protocol):
@@ -287,6 +283,19 @@ class Database:
         async with self.read() as connection:
             age = (await connection.exec_driver_sql(_REPLICA_AGE)).scalar()
         return None if age is None else float(age)
+
+    async def is_replica_apart(self) -> bool:
+        """Return True if DATABASE_READ_URL leads to no standby, and not to this server, which writes.
+
+        Raises:
+            StoreUnavailableError: One of the two does not answer.
+        """
+        if self.replica is self or self.dialect == "sqlite":
+            return False
+        with translate_errors(self.replica._read_as):
+            async with self._reader.connect() as here, self.replica._reader.connect() as there:
+                servers = [(await each.exec_driver_sql(_SERVER)).one() for each in (here, there)]
+        return not any(each[0] for each in servers) and servers[0] != servers[1]
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from agent_gateway_store.errors import SchemaOutOfDateError
+from agent_gateway_store.errors import InvalidUrlError, SchemaOutOfDateError, StoreUnavailableError
 from agent_gateway_store.models.evidence import identity_table
-from agent_gateway_store.storage.database import AnyConnection, reader_of
+from agent_gateway_store.storage.database import AnyConnection, Database, reader_of
 from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.statements import Statement
 
+_logger = logging.getLogger("agent_gateway_store.storage")
+
+IS_APART = (
+    "DATABASE_READ_URL leads to a server of its own, as after a promotion, and to no standby of the one in "
+    "DATABASE_URL: what is read there grows old. Point both URLs at one primary and its standbys."
+)
+"""What to say of a server that is no replica any more."""
 IDENTITY = select(identity_table.c.identity)
 _RESTORED = Statement(IDENTITY.where(identity_table.c.history_id.is_not(None)))
 
@@ -38,6 +47,23 @@ async def is_standby(engine: AsyncEngine) -> bool:
     with translate_errors("be read"):
         async with reader_of(engine).connect() as connection:
             return bool((await connection.exec_driver_sql("SELECT pg_is_in_recovery()")).scalar())
+
+
+async def check_replica(database: Database, identity: str) -> None:
+    """Write to the log if the server of DATABASE_READ_URL is away, or no replica any more.
+
+    Raises:
+        InvalidUrlError: It leads to a database of another identity.
+    """
+    if (replica := database.replica) is database:
+        return
+    try:
+        if await read_identity(replica.engine, reads=True) != identity:
+            raise InvalidUrlError("DATABASE_READ_URL leads to another database, not to a replica of this one.")
+        if await database.is_replica_apart():
+            _logger.error(IS_APART)
+    except StoreUnavailableError as exc:
+        _logger.warning("The replica of DATABASE_READ_URL is away, and what reads there will fail: %s", exc)
 
 
 def known(identity: str | None) -> str:
