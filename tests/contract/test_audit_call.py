@@ -367,7 +367,7 @@ async def test_a_call_whose_intent_is_lost_does_not_run(store: GatewayStore, mon
     async def lost(_event: AuditEvent) -> str:
         return "LOST"
 
-    monkeypatch.setattr(store.audit, "write", lost)
+    monkeypatch.setattr(store.audit.event_writer, "write_ended", lost)
     with pytest.raises(errors.AuditUnavailableError):
         async with store.audit.call(CALL, CALLER, decision="ALLOW", intent=True):
             pytest.fail("the call ran")

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -23,9 +22,8 @@ from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome
 from agent_gateway_store.audit.query import AuditQuery, changes_page, check_limit, event_batches, followed
 from agent_gateway_store.audit.selects import newest, oldest
 from agent_gateway_store.audit.writer import OpenWriter
-from agent_gateway_store.audit.writes import encode_aside, lose_event, record_event, write_batches, write_event
+from agent_gateway_store.audit.writes import EventWriter
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.models.values import ToolCall
@@ -57,6 +55,9 @@ class AuditManager:
         hash_args: Hashes the arguments of a call, as `GatewayStore.hash_args` does.
         hash_approval: Returns the hash of an approval and its votes.
         ship: Does what `ship` says.
+
+    Attributes:
+        event_writer: Writes events for this class and for the integrations.
     """
 
     def __init__(
@@ -71,10 +72,17 @@ class AuditManager:
         hash_approval: HashApproval,
         ship: Callable[..., Awaitable[int]],
     ) -> None:
-        self._database, self._writer, self._org_id = database, writer, org_id
-        self._before, self._after, self._hash_args, self._hash_approval = before, after, hash_args, hash_approval
+        self.event_writer = EventWriter(writer, before, org_id)
+        self._database = database
+        self._writer = writer
+        self._org_id = org_id
+        self._before = before
+        self._after = after
+        self._hash_args = hash_args
+        self._hash_approval = hash_approval
         self._ship = ship
-        self._queries, self._lists = (AuditQuery(each, org_id=org_id) for each in (database, database.replica))
+        self._queries = AuditQuery(database, org_id=org_id)
+        self._lists = AuditQuery(database.replica, org_id=org_id)
 
     async def write(self, event: AuditEvent) -> WriteOutcome:
         """Store `event` and commit, together with other events that arrive meanwhile. Never raises in the default mode.
@@ -90,8 +98,7 @@ class AuditManager:
             TypeError: `event` is not an AuditEvent.
         """
         # Taken before our own span, which differs from one attempt to the next: the same event stays the same.
-        trace_id = current_trace_id()
-        return await write_event(self._writer.get_here(), self._before, event, self._org_id, trace_id)
+        return await self.event_writer.write(event, current_trace_id())
 
     async def write_many(self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> Counter[WriteOutcome]:
         """Store many events, in order, in batches that are committed one by one; return the number of each outcome.
@@ -105,8 +112,7 @@ class AuditManager:
             StoreNotOpenError: The store is not open here.
             TypeError: One is not an AuditEvent.
         """
-        trace_id = current_trace_id()
-        return await write_batches(self._writer.get_here(), self._before, events, self._org_id, trace_id=trace_id)
+        return await self.event_writer.write_many(events, current_trace_id())
 
     async def import_file(
         self,
@@ -138,7 +144,7 @@ class AuditManager:
 
         with importing(Path(path), format, on_refused=on_refused, progress=progress) as events:
             # Without a trace: what is imported is what was exported.
-            return await write_batches(self._writer.get_here(), self._before, events, self._org_id, trace_id=None)
+            return await self.event_writer.write_many(events, None)
 
     def call(
         self,
@@ -184,7 +190,7 @@ class AuditManager:
             shown, args_hash = shown_arguments(call, sanitize), self._hash_args(call.arguments)
             return draft_event(call, caller, shown=shown, args_hash=args_hash, fields=given)
 
-        return RecordedCall(draft, partial(write_ended, self), intent=intent, hash_approval=self._hash_approval)
+        return RecordedCall(draft, self.event_writer.write_ended, intent=intent, hash_approval=self._hash_approval)
 
     async def orphans(self, *, older_than: timedelta | str = "1h", limit: int = 100) -> Page[AuditEvent]:
         """Return intents of `call` without outcome, newest first: calls that run still, or whose process was killed.
@@ -209,11 +215,7 @@ class AuditManager:
             ValueError: The store cannot work in this session, say in AUTOCOMMIT, where nothing is rolled back.
         """
         require_session(session, AuditEvent, atomic=True)
-        row = await encode_aside(event, org_id=self._org_id, trace_id=current_trace_id())
-        if self._before.is_wanted:
-            (row,) = await self._before.prepare([row])
-        self._writer.has_recorded = True
-        return await record_event(session, row)
+        return await self.event_writer.record(session, event)
 
     async def flush(self) -> int:
         """Wait until every event written so far is acknowledged, and try to empty the spool.
@@ -440,11 +442,3 @@ class AuditManager:
         source = Source(oldest(found.shape), found.values, columns_of(AuditEvent), "timestamp")
         options = ExportOptions(format, compression, partition_by, raw, overwrite, progress)
         return await export_rows(self._database.replica, source, path, options)
-
-
-async def write_ended(audit: AuditManager, event: AuditEvent) -> WriteOutcome:
-    """Write the event of a call that has run, as `AuditManager.write` does: LOST if the store was closed meanwhile."""
-    try:
-        return await audit.write(event)
-    except StoreNotOpenError as exc:
-        return lose_event(audit._writer, audit._before, event, audit._org_id, exc)

@@ -41,94 +41,110 @@ async def encode_aside(event: AuditEvent, *, org_id: str | None = None, trace_id
     return row
 
 
-def lose_event(
-    writer: OpenWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None, cause: StoreNotOpenError
-) -> WriteOutcome:
-    """Log an event that found no open store as LOST, as it would have been stored.
+class EventWriter:
+    """Hands events to the writer of a store, through the plugins that may change them.
 
-    Raises:
-        AuditUnavailableError: In the strict mode.
+    Args:
+        writer: Holds the writer while the store is open.
+        hooks: The plugins.
+        org_id: Stamp this organisation on each event; None takes the event's own.
     """
-    if writer.is_strict:
-        raise AuditUnavailableError(
-            "The store was closed before the call was recorded, so its result must not be used: open the store again."
-        ) from cause
-    try:
-        row = encode_event(event, org_id=org_id, trace_id=current_trace_id())
-        log_lost(hooks.withhold(row) if hooks.is_wanted else row, cause)
-    except ValidationError as exc:
-        log_lost(event, exc, request_id=str(event.request_id))
-    return WriteOutcome.LOST
 
+    def __init__(self, writer: OpenWriter, hooks: BeforeWriteHooks, org_id: str | None) -> None:
+        self._writer = writer
+        self._hooks = hooks
+        self._org_id = org_id
 
-@traced("audit.write", lambda _writer, _hooks, event, *_: event.tool_name)
-async def write_event(
-    writer: AuditWriter, hooks: BeforeWriteHooks, event: AuditEvent, org_id: str | None, trace_id: str | None
-) -> WriteOutcome:
-    """Write one event, as `AuditManager.write` says."""
-    try:
-        row = encode_light(event, org_id=org_id, trace_id=trace_id)
-    except ValidationError as exc:
-        return writer.reject(event, exc)
-    if row is not None and not hooks.is_wanted:
-        return await writer.write(row)
-    # In another task, so that cancelling the caller does not cancel the write.
-    return await hooks.tasks.shielded(_write_aside(writer, hooks, event, row, org_id, trace_id))
+    @traced("audit.write", lambda _self, event, _trace_id: event.tool_name)
+    async def write(self, event: AuditEvent, trace_id: str | None) -> WriteOutcome:
+        """Write one event, as `AuditManager.write` says."""
+        writer = self._writer.get_here()
+        try:
+            row = encode_light(event, org_id=self._org_id, trace_id=trace_id)
+        except ValidationError as exc:
+            return writer.reject(event, exc)
+        if row is not None and not self._hooks.is_wanted:
+            return await writer.write(row)
+        # In another task, so that cancelling the caller does not cancel the write.
+        return await self._hooks.tasks.shielded(self._write_aside(writer, event, row, trace_id))
 
+    async def _write_aside(
+        self, writer: AuditWriter, event: AuditEvent, row: EncodedRow | None, trace_id: str | None
+    ) -> WriteOutcome:
+        """Write an event that plugins may change, or that takes long to encode: `row` is None then."""
+        try:
+            if row is None:
+                row = await encode_aside(event, org_id=self._org_id, trace_id=trace_id)
+            prepared = (await self._hooks.prepare([row]))[0] if self._hooks.is_wanted else row
+        except ValidationError as exc:
+            return writer.reject(event, exc)
+        except asyncio.CancelledError:
+            # The host cancels every task there is; the event is stored all the same.
+            writer.enqueue_detached(self._unseen(row or encode_event(event, org_id=self._org_id, trace_id=trace_id)))
+            raise
+        return await writer.write(prepared)
 
-async def _write_aside(
-    writer: AuditWriter,
-    hooks: BeforeWriteHooks,
-    event: AuditEvent,
-    row: EncodedRow | None,
-    org_id: str | None,
-    trace_id: str | None,
-) -> WriteOutcome:
-    """Write an event that plugins may change, or that takes long to encode: `row` is None then."""
-    try:
-        if row is None:
-            row = await encode_aside(event, org_id=org_id, trace_id=trace_id)
-        prepared = (await hooks.prepare([row]))[0] if hooks.is_wanted else row
-    except ValidationError as exc:
-        return writer.reject(event, exc)
-    except asyncio.CancelledError:
-        # The host cancels every task there is; the event is stored all the same.
-        row = row or encode_event(event, org_id=org_id, trace_id=trace_id)
-        writer.enqueue_detached(hooks.withhold(row) if hooks.is_wanted else row)
-        raise
-    return await writer.write(prepared)
+    async def write_ended(self, event: AuditEvent) -> WriteOutcome:
+        """Write the event of a call that has run; it is logged as LOST if the store was closed meanwhile.
 
+        Raises:
+            AuditUnavailableError: In the strict mode, if it could not be stored.
+        """
+        trace_id = current_trace_id()
+        try:
+            return await self.write(event, trace_id)
+        except StoreNotOpenError as exc:
+            if self._writer.is_strict:
+                raise AuditUnavailableError(
+                    "The store was closed before the call was recorded, so its result must not be used: open the store"
+                    " again."
+                ) from exc
+            try:
+                log_lost(self._unseen(encode_event(event, org_id=self._org_id, trace_id=trace_id)), exc)
+            except ValidationError as invalid:
+                log_lost(event, invalid, request_id=str(event.request_id))
+            return WriteOutcome.LOST
 
-async def write_batches(
-    writer: AuditWriter,
-    hooks: BeforeWriteHooks,
-    events: Iterable[AuditEvent] | AsyncIterable[AuditEvent],
-    org_id: str | None,
-    *,
-    trace_id: str | None,
-) -> Counter[WriteOutcome]:
-    """Write many events; arguments, result and errors as for `AuditManager.write_many`."""
-    outcomes: Counter[WriteOutcome] = Counter()
+    def _unseen(self, row: EncodedRow) -> EncodedRow:
+        """Return a row as it may be kept, though no plugin has looked at it."""
+        return self._hooks.withhold(row) if self._hooks.is_wanted else row
 
-    def reject(event: AuditEvent, cause: Exception) -> None:
-        outcomes[writer.reject(event, cause)] += 1
+    async def write_many(
+        self, events: Iterable[AuditEvent] | AsyncIterable[AuditEvent], trace_id: str | None
+    ) -> Counter[WriteOutcome]:
+        """Write many events; result and errors as for `AuditManager.write_many`."""
+        writer = self._writer.get_here()
+        outcomes: Counter[WriteOutcome] = Counter()
 
-    under_way: asyncio.Task[list[WriteOutcome]] | None = None
-    try:
-        async with aclosing(encode_batches(events, org_id, trace_id, reject=reject)) as batches:
-            async for batch in batches:
-                rows = await hooks.prepare(batch) if hooks.is_wanted else batch
-                # While one batch is committed the next one is encoded.
-                if under_way is not None:
-                    # `wait`, because cancelling the caller must not cancel a commit that has begun.
-                    await asyncio.wait([under_way])
-                    outcomes.update(under_way.result())
-                under_way = asyncio.create_task(writer.write_batch(rows))
-    finally:
-        if under_way is not None:
-            await asyncio.wait([under_way])
-            outcomes.update(under_way.result())
-    return outcomes
+        def reject(event: AuditEvent, cause: Exception) -> None:
+            outcomes[writer.reject(event, cause)] += 1
+
+        under_way: asyncio.Task[list[WriteOutcome]] | None = None
+        try:
+            async with aclosing(encode_batches(events, self._org_id, trace_id, reject=reject)) as batches:
+                async for batch in batches:
+                    rows = await self._hooks.prepare(batch) if self._hooks.is_wanted else batch
+                    # While one batch is committed the next one is encoded.
+                    if under_way is not None:
+                        # `wait`, because cancelling the caller must not cancel a commit that has begun.
+                        await asyncio.wait([under_way])
+                        outcomes.update(under_way.result())
+                    under_way = asyncio.create_task(writer.write_batch(rows))
+        finally:
+            if under_way is not None:
+                await asyncio.wait([under_way])
+                outcomes.update(under_way.result())
+        return outcomes
+
+    async def record(self, session: AsyncSession, event: AuditEvent) -> WriteOutcome:
+        """Store an event in the transaction of the caller's session, as `AuditManager.record` says."""
+        row = await encode_aside(event, org_id=self._org_id, trace_id=current_trace_id())
+        if self._hooks.is_wanted:
+            (row,) = await self._hooks.prepare([row])
+        self._writer.has_recorded = True
+        with translate_errors("record the event", in_session=True), sole_use(session):
+            connection = await session_connection(session, AuditEvent, writing=True, atomic=True)
+            return await insert_event(connection, row)
 
 
 async def encode_batches(
@@ -183,13 +199,6 @@ async def _slices(events: Iterable[AuditEvent] | AsyncIterable[AuditEvent]) -> A
         yield some
         # A plain iterable never lets the event loop run.
         await asyncio.sleep(0)
-
-
-async def record_event(session: AsyncSession, row: EncodedRow) -> WriteOutcome:
-    """Store a row in the transaction of the caller's session, as `AuditManager.record` says."""
-    with translate_errors("record the event", in_session=True), sole_use(session):
-        connection = await session_connection(session, AuditEvent, writing=True, atomic=True)
-        return await insert_event(connection, row)
 
 
 class AuditLogger:

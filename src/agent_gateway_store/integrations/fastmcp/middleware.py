@@ -14,7 +14,6 @@ from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 
 from agent_gateway_store.audit.calls import HIDDEN, CallStart, argument_names
-from agent_gateway_store.audit.manager import write_ended
 from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
 from agent_gateway_store.integrations.fastmcp.asking import (
     acquire,
@@ -294,7 +293,8 @@ class GatewayMiddleware(PinningMiddleware):
         store = self._store.for_org(org_id) if org_id else self._store
         try:
             event = record.event(store)
-            await (write_ended(store.audit, event) if record.was_run else store.audit.write(event))
+            write = store.audit.event_writer.write_ended if record.was_run else store.audit.write
+            await write(event)
         except GatewayStoreError as exc:
             _logger.error("Request %s: %s: %s", record.request_id, type(exc).__name__, exc)
             raise ToolError(_WITHHELD if record.was_run else AWAY) from exc
