@@ -61,7 +61,8 @@ async def test_another_organisation_is_not_there(running: tuple[GatewayStore, An
 
     for path in (f"/approvals/{request.approval_id}", f"/audit/{event.id}", f"/audit/{event.id}/evidence.json"):
         assert await status(alice, path) == 404
-    assert (await alice.decide(request.approval_id, "approve")).status_code == 404
+    answer = await alice.decide(request.approval_id, "approve", "my note")
+    assert (answer.status_code, "my note</textarea>" in answer.text) == (404, True)
     for path in ("/approvals?status=ALL", "/audit?org_id=globex", "/audit"):
         assert "globex-agent" not in (await alice.get(path)).text
     assert await status(globe, f"/approvals/{request.approval_id}") == 200
@@ -241,9 +242,10 @@ async def test_of_two_approvers_the_second_reads_who_was_first(running: tuple[Ga
     )
 
     assert sorted(answer.status_code for answer in answers) == [303, 409]
-    [late] = [answer for answer in answers if answer.status_code == 409]
+    [(late, note)] = [each for each in zip(answers, ("fine", "no"), strict=True) if each[0].status_code == 409]
     winner = (await store.approvals.get(approval_id=request.approval_id)).approver_id
     assert f"{winner} was first" in late.text
+    assert f"readonly>\n{note}</textarea>" in late.text
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ async def test_of_two_approvers_the_second_reads_who_was_first(running: tuple[Ga
         ({"caller_id": "alice"}, {}, {"decision": "approve"}, 403, "may not"),
         ({}, {"console_require_note": True}, {"decision": "deny", "note": " \u200b"}, 400, "needs a note"),
         ({}, {}, {"decision": "maybe"}, 400, "approve or deny"),
-        ({}, {}, {"decision": "approve", "note": "x" * 20_001}, 400, "20,000"),
+        ({}, {}, {"decision": "approve", "note": "x" * 20_001}, 400, "xx</textarea>"),
     ],
     ids=["own call", "no note", "no decision", "long note"],
 )
@@ -291,8 +293,9 @@ async def test_an_approval_that_expired_says_so(running: tuple[GatewayStore, Any
     alice = await signed_in(store, app)
     clock.move(timedelta(minutes=2))
 
-    answer = await alice.decide(request.approval_id, "approve")
+    answer = await alice.decide(request.approval_id, "approve", "late <b>")
 
     assert answer.status_code == 409
     assert "expired" in answer.text
+    assert "readonly>\nlate &lt;b&gt;</textarea>" in answer.text
     assert 'value="approve"' not in answer.text

@@ -116,7 +116,7 @@ async def _ready(request: Request) -> Response:
     return PlainTextResponse("ready")
 
 
-async def _refused(request: Request, exc: HTTPException) -> Response:
+async def _refused(request: Request, exc: HTTPException, *, note: str = "") -> Response:
     if exc.status_code == 401:
         return await _to_login(request)
     titles = {400: "Not understood", 403: "Not allowed", 404: "Not found", 405: "Not allowed"}
@@ -126,7 +126,7 @@ async def _refused(request: Request, exc: HTTPException) -> Response:
     }
     is_ours = exc.detail and exc.detail not in ("Not Found", "Forbidden", "Method Not Allowed")
     text = exc.detail if is_ours else texts.get(exc.status_code, exc.detail)
-    response = pages.message(request, titles.get(exc.status_code, "Refused"), text, status=exc.status_code)
+    response = pages.message(request, titles.get(exc.status_code, "Refused"), text, status=exc.status_code, note=note)
     response.headers.update(exc.headers or {})
     return response
 
@@ -148,7 +148,8 @@ async def _to_login(request: Request) -> Response:
 
 
 async def _absent(request: Request, _exc: Exception) -> Response:
-    return await _refused(request, HTTPException(404, "There is no such approval."))
+    note = (await pages.form_of(request)).get("note", "")
+    return await _refused(request, HTTPException(404, "There is no such approval."), note=note)
 
 
 async def _bad_cursor(request: Request, _exc: Exception) -> Response:

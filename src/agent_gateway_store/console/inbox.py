@@ -152,7 +152,8 @@ async def decide(request: Request) -> Response:
     if verb not in verbs:
         raise HTTPException(400, "Choose: approve or deny.")
     if len(note) > _NOTE:
-        raise HTTPException(400, f"A note has {_NOTE:,} characters at most.")
+        long = f"A note has {_NOTE:,} characters at most."
+        return await _approval_page(request, session, status=400, said=long, note=note)
     if session.store.settings.console_require_note and _text.is_blank(note):
         return await _approval_page(request, session, status=400, said="Say why: a decision needs a note here.")
     approval_id = request.path_params["approval_id"]
