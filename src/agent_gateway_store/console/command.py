@@ -28,8 +28,8 @@ _DEMO_APPROVER, _DEMO_ROLE = "demo-approver", "approver"
 # Chosen: two weeks of it make charts worth a look, and take a second to write.
 _DEMO_EVENTS, _DEMO_SEED = 400, 7
 _ORG = "_AGENT_GATEWAY_STORE_CONSOLE_ORG"
-# Seconds that pages which listen for events get to end once the server is to stop.
-_GRACE_S = 2
+# Seconds: pages that listen for events notice within two that the server is to stop.
+_GRACE_S = 4
 
 
 @app.command()

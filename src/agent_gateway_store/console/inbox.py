@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import signal
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -233,7 +234,7 @@ async def events(request: Request) -> Response:
 async def _stream(watch: Watch, session: Session, known: str) -> AsyncIterator[str]:
     yield f"retry: {LOOK_S * 1000:.0f}\n\n"
     end = clock.monotonic() + _STREAM_S
-    while clock.monotonic() < end:
+    while clock.monotonic() < end and not _is_stopping():
         try:
             word, waiting = await watch.look(session)
         except GatewayStoreError:
@@ -244,3 +245,9 @@ async def _stream(watch: Watch, session: Session, known: str) -> AsyncIterator[s
             yield f"id: {word}\nevent: {'inbox' if known else 'hello'}\ndata: {waiting}\n\n"
             known = word
         await asyncio.sleep(LOOK_S)
+
+
+def _is_stopping() -> bool:
+    # uvicorn tells applications only when all answers have ended, or cancels them; its handler of signals knows before.
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(server, "should_exit", False) is True
