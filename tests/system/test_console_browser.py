@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, Request, expect
 
 from agent_gateway_store import ApprovalRequest, GatewayStore, SyncGatewayStore, ToolCall, clock
 from agent_gateway_store.console import create_console
@@ -179,6 +179,8 @@ def test_new_requests_arrive_and_count_down_to_their_end(site: tuple[str, str, P
         page = sign_in(context, url, key)
         ask(store, "arrives", expires_at=clock.utc_now() + timedelta(seconds=40))
         expect(page.get_by_role("link", name="live.arrives")).to_be_visible(timeout=30_000)
+        # Whatever somebody does to the clock of the own machine.
+        page.add_init_script("Date.now = () => 0")
         page.get_by_role("link", name="live.arrives").click()
         expect(page.locator("[data-until]").first).to_contain_text("left")
         # Nothing reads the page again meanwhile, so that it is the script's own clock that comes to the end.
@@ -253,6 +255,66 @@ def test_a_note_is_not_lost_when_the_session_ends(site: tuple[str, str, Path]) -
         page.get_by_role("button", name="Sign in").click()
         expect(page).to_have_url(f"{url}/approvals/{request.approval_id}")
         assert store.approvals.get(approval_id=request.approval_id).status == "PENDING"
+
+
+@pytest.mark.parametrize("org_id", ["default", "globex"])
+def test_a_tab_never_decides_for_who_signs_in_beside_it(site: tuple[str, str, Path], org_id: str) -> None:
+    """It takes nothing of the other session's page, whose organisation may be another one, and says who has come."""
+    url, key, folder = site
+    with store_in(folder) as store, browser(local=True) as (context, _):
+        issued = store.keys.issue(f"bob-{org_id}", role="approver", org_id=org_id)
+        request = ask(store, f"beside-{org_id}", required_approvals=2)
+        inbox, page = sign_in(context, url, key), context.new_page()
+        page.goto(f"{url}/approvals/{request.approval_id}")
+        other = sign_in(context, url, issued.plaintext.get_secret_value())
+        store.approvals.approve(approval_id=request.approval_id, approver_id="carol")
+        for tab in (inbox, page):
+            _turn(tab, hidden=False)
+            expect(tab.get_by_role("status")).to_contain_text(f"bob-{org_id} has signed in here.")
+            expect(tab.locator(".who b")).to_have_text("demo-approver")
+        expect(inbox.get_by_role("link", name=f"live.beside-{org_id}")).to_be_visible()
+        page.get_by_label("Note").fill("Mine.")
+        page.get_by_role("button", name="Approve").click()
+        expect(page.locator(".who b")).to_have_text(f"bob-{org_id}")
+        expect(page.locator("textarea")).to_have_value("Mine.")
+        history = store.approvals.history(request.approval_id)
+        assert [step["by"] for step in history if step["event"] == "vote"] == ["carol"]
+        inbox.get_by_role("link", name="Load it again").click()
+        expect(inbox.locator(".who b")).to_have_text(f"bob-{org_id}")
+        other.close()
+
+
+def test_only_a_page_that_is_seen_and_stays_holds_a_stream(site: tuple[str, str, Path]) -> None:
+    """Tabs share six connections; a stream that was refused once is asked for again."""
+    url, key, folder = site
+    with store_in(folder) as store, browser(local=True) as (context, _):
+        request = ask(store, "streamed")
+        page = sign_in(context, url, key)
+        with page.expect_event("requestfailed", _is_stream):
+            _turn(page, hidden=True)
+        page.route("**/events", lambda route: route.fulfill(status=503), times=1)
+        with page.expect_response("**/events") as refused:
+            _turn(page, hidden=False)
+        assert refused.value.status == 503
+        with page.expect_response("**/events") as answer:
+            pass
+        assert answer.value.status == 200
+        with page.expect_response("**/events"):
+            page.goto(f"{url}/approvals/{request.approval_id}")
+        # The form is on its way for good, as where it waits for a connection.
+        page.route("**/decision", lambda _: None)
+        with page.expect_event("requestfailed", _is_stream):
+            page.get_by_role("button", name="Approve").click(no_wait_after=True)
+
+
+def _turn(page: Page, *, hidden: bool) -> None:
+    # Without a screen every tab is seen.
+    page.evaluate("value => Object.defineProperty(document, 'hidden', { value, configurable: true })", hidden)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
+def _is_stream(request: Request) -> bool:
+    return request.url.endswith("/events")
 
 
 def test_everything_works_without_a_script(site: tuple[str, str, Path]) -> None:

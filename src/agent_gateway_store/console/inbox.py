@@ -42,7 +42,7 @@ _BEFORE = "30d"
 _DECIDED = [ApprovalStatus.APPROVED, ApprovalStatus.DENIED, ApprovalStatus.USED]
 # Characters; the limit of a form leaves room for them.
 _NOTE = 20_000
-# Chosen: a new request is on the screen within two seconds, at half a read a second for each organisation.
+# Chosen: a page that listens shows a new request within four seconds, at half a read a second for each organisation.
 LOOK_S = 2.0
 # The browser comes back by itself, and only then is its session checked: so soon a revoked key ends the stream.
 _STREAM_S = 30.0
@@ -238,7 +238,7 @@ async def _stream(watch: Watch, session: Session, known: str) -> AsyncIterator[s
         try:
             word, waiting = await watch.look(session)
         except GatewayStoreError:
-            # The browser tries again until the database is back.
+            # The page listens again, every few seconds, until the database is back.
             return
         if word != known:
             # The first word only says where the page stands: it was read a moment ago.

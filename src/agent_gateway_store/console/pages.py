@@ -20,7 +20,6 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from agent_gateway_store import _text
-from agent_gateway_store.clock import utc_now
 from agent_gateway_store.console.sessions import COOKIE, Session, Sessions
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.results.cells import tone_of
@@ -111,7 +110,6 @@ def page(request: Request, template: str, *, code: int = 200, **values: Any) -> 
     given = {
         "base": base,
         "session": session,
-        "now": utc_now(),
         "replica_age": None,
         "static": f"{base}/static/{static_version()}",
     }

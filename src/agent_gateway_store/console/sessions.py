@@ -54,6 +54,7 @@ class Session:
         store: The store as that person's organisation sees it.
         csrf: What every form of this session must send back.
         ends_at: When it ends by itself, UTC.
+        read_at: When it was found, by the database's clock, which alone judges deadlines.
     """
 
     store: GatewayStore
@@ -63,6 +64,7 @@ class Session:
     org_id: str
     csrf: str
     ends_at: datetime
+    read_at: datetime
 
     @property
     def log(self) -> AuditQuery:
@@ -156,7 +158,7 @@ class Sessions:
         if not self._may_enter(reading, session_id, event.extra.get("key")):
             return None
         csrf = _digest("csrf", session_id)
-        return Session(store, row.caller_id, row.role, row.key_id, event.org_id, csrf, ends_at)
+        return Session(store, row.caller_id, row.role, row.key_id, event.org_id, csrf, ends_at, reading.read_at)
 
     async def end(self, session: Session, session_id: str, *, address: str) -> None:
         """End a session in every process. Raises StoreUnavailableError if the database is away."""
