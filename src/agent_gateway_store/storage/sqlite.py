@@ -75,12 +75,31 @@ class _Connection(aiosqlite.Connection):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(partial(sqlite3.connect, *arguments, factory=ClosingConnection, **options), iter_chunk_size=64)
         # It must not keep the process alive. SQLAlchemy sets this only where it connects by itself.
-        self._thread.daemon = True
+        self._worker.daemon = True
+
+    @property
+    def _worker(self) -> Any:
+        # A connection of aiosqlite 0.21, which CrewAI asks for, is itself the thread.
+        return getattr(self, "_thread", self)
 
     @property
     def is_stopped(self) -> bool:
         """Whether the thread ends, or has ended."""
         return not self._running
+
+    def stop(self) -> Any:
+        """Let the thread close the database and end."""
+        older: Any = self
+        return super().stop() if hasattr(aiosqlite.Connection, "stop") else older._stop_running()
+
+    def run(self) -> None:
+        """Work as the thread of aiosqlite 0.21, whose end would leave the database open."""
+        try:
+            super().run()  # type: ignore[misc]  # of its `Thread`
+        finally:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
     async def close(self) -> None:
         """Stop, and wait until the thread has ended, also if the caller is cancelled meanwhile."""
@@ -97,7 +116,7 @@ class _Connection(aiosqlite.Connection):
 
     async def ended(self) -> None:
         """Wait until the thread has ended."""
-        while self._thread.is_alive():
+        while self._worker.is_alive():
             await asyncio.sleep(0.001)
 
 
@@ -122,6 +141,8 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
         pool_timeout=_POOL_TIMEOUT_S,
         hide_parameters=True,
     )
+    # Ours have `stop` with every aiosqlite; SQLAlchemy looks for it in the driver's own class.
+    engine.dialect.has_terminate = True
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "connect", file.note)
     event.listen(engine.sync_engine, "checkout", file.compare)
