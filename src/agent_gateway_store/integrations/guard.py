@@ -89,6 +89,9 @@ class CallPendingError(Exception):
         )
         self.approval = approval
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.approval,), self.__dict__
+
     @property
     def facts(self) -> dict[str, Any]:
         """What programs need: `approval_id`, `status` and `expires_at`, as JSON values."""
@@ -236,12 +239,7 @@ class CallGuard:
     """
 
     def __init__(
-        self,
-        store: GatewayStore,
-        policy: Policy,
-        *,
-        sanitize: Sanitize = argument_names,
-        approval_wait_s: float = 0.0,
+        self, store: GatewayStore, policy: Policy, *, sanitize: Sanitize = argument_names, approval_wait_s: float = 0.0
     ) -> None:
         self._store, self._policy, self._sanitize, self._approval_wait_s = store, policy, sanitize, approval_wait_s
 
