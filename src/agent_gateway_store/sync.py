@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import wraps
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -111,16 +112,31 @@ class Portal:
         if thread is not None:
             thread.join()
 
-    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """Start a call in the event loop."""
+    def submit(self, future: Future[Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        """Start a call in the event loop; what comes of it is that of `future`, which is returned."""
         if self.is_running:
             # Under the lock, so that nothing is handed to a loop that ends.
             with self._lock:
                 if self._thread is threading.current_thread():
                     raise RuntimeError("The blocking store was called from its own thread: this would wait for itself.")
                 if self._loop is not None:
-                    return asyncio.run_coroutine_threadsafe(self._run(function, args, kwargs), self._loop)
+                    # The loop makes the coroutine: here a signal's handler may raise before somebody awaits it.
+                    self._loop.call_soon_threadsafe(self._begin, self._loop, future, function, args, kwargs)
+                    return future
         raise StoreNotOpenError("The store is not open: use `with SyncGatewayStore() as store:` or `open()`.")
+
+    def _begin(self, loop: asyncio.AbstractEventLoop, future: Future[Any], *call: Any) -> None:
+        task = loop.create_task(self._run(*call))
+
+        def end(_task: object) -> None:
+            if task.cancelled():
+                future.cancel()
+            elif future.set_running_or_notify_cancel():
+                error = task.exception()
+                future.set_result(task.result()) if error is None else future.set_exception(error)
+
+        task.add_done_callback(end)
+        future.add_done_callback(lambda _: future.cancelled() and loop.call_soon_threadsafe(task.cancel))
 
     async def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         task = asyncio.current_task()
@@ -133,9 +149,9 @@ class Portal:
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call in the event loop and wait; what it raises is raised here."""
-        future = self.submit(function, *args, **kwargs)
+        future = Future[Any]()
         try:
-            return future.result()
+            return self.submit(future, function, *args, **kwargs).result()
         except BaseException:
             # Ctrl-C ends only the waiting of this thread, so the call itself is cancelled, too.
             future.cancel()
@@ -152,6 +168,7 @@ class _BlockingCall:
 
     def __init__(self, recorded: RecordedCall, portal: Portal) -> None:
         self._recorded, self._portal = recorded, portal
+        self._is_due = False
 
     def __call__(self, tool: F) -> F:
         """Return `tool` as a function whose calls are recorded; TypeError if its calls only begin something."""
@@ -167,19 +184,42 @@ class _BlockingCall:
 
     def __enter__(self) -> Any:
         self._recorded.handled = sys.exc_info()[1]
-        return self._portal.call(self._recorded.__aenter__)
+        event = self._portal.call(self._recorded.__aenter__)
+        self._is_due = True
+        return event
 
     def __exit__(self, *raised: Any) -> None:
         try:
-            self._portal.call(self._recorded.__aexit__, *raised)
+            self._write(*raised)
+        except BaseException:
+            # The handler of a signal may raise before the loop has begun.
+            if self._is_due:
+                self._write(*raised)
+            raise
+
+    def __del__(self) -> None:
+        # The same before the first line of `__exit__`. The collector may call this where nothing may wait; and a thread
+        # that Python starts at its own end never begins, for which `start` waits.
+        if self._is_due and not sys.is_finalizing():
+            threading.Thread(target=self._write, args=(None, KeyboardInterrupt(), None)).start()
+
+    def _write(self, *raised: Any) -> None:
+        try:
+            self._portal.submit(Future(), self._end, *raised).result()
         except StoreNotOpenError:
             # Its thread has ended: from another one the event is logged as LOST.
             other = Portal()
             other.start()
             try:
-                other.call(self._recorded.__aexit__, *raised)
+                other.submit(Future(), self._end, *raised).result()
             finally:
                 other.stop()
+
+    async def _end(self, *raised: Any) -> None:
+        # It may be handed over twice.
+        if self._is_due:
+            self._is_due = False
+            await self._recorded.__aexit__(*raised)
 
 
 def _like(original: Callable[..., Any]) -> Callable[[F], F]:
@@ -205,7 +245,9 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
                     yield item
             finally:
                 if self._portal.is_running:
-                    self._portal.call(items.aclose)
+                    # A step that a signal has left behind still runs: its cancellation closes them.
+                    with suppress(RuntimeError):
+                        self._portal.call(items.aclose)
 
         return iterate
 
@@ -300,7 +342,11 @@ class SyncGatewayStore(_StoreTwin):  # type: ignore[misc]  # made from the async
             if self._portal.is_running:
                 try:
                     # Not cancelled by Ctrl-C: a close that has begun goes on to its end, which is near.
-                    self._portal.submit(self._twin.close).result()
+                    self._portal.submit(Future(), self._twin.close).result()
+                except BaseException:
+                    # Ctrl-C may come before it begins.
+                    self._portal.submit(Future(), self._twin.close)
+                    raise
                 finally:
                     self._portal.stop()
 

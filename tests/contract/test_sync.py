@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -21,8 +27,7 @@ from contract_helpers import GatedNotifier, forked, no_thread_left, seen
 from agent_gateway_store import AuditEvent, StoreSettings, SyncGatewayStore, WriteOutcome, errors
 from agent_gateway_store.sync import Portal, twin_of
 from agent_gateway_store.testing import RecordingNotifier
-from builders import CALL, make_event, make_request
-from forks import forks
+from builders import CALL, CALLER, make_event, make_request
 
 
 @pytest.fixture
@@ -264,6 +269,76 @@ def test_interrupted_close_still_closes(database_url: str) -> None:
             assert store.keys.list() == []
 
 
+class Signal(Exception):
+    """What the handler of a signal raises."""
+
+
+def handed_over(use: Callable[[Callable[[], object]], object]) -> int:
+    """Run `use` with a signal at each step, until there are no more; return how many.
+
+    Steps are where Python runs handlers: as a function begins, and after a function in C. They go from where `use`
+    calls its argument to where the answer of the store's thread is waited for.
+    """
+    for step in itertools.count():
+        left = step
+
+        def profile(frame: FrameType, event: str, _value: object) -> None:
+            nonlocal left
+            if frame.f_code.co_name == "result":
+                sys.setprofile(None)
+            elif event in ("call", "c_return"):
+                left -= 1
+                if left < 0:
+                    raise Signal
+
+        # What the collector calls ignores errors.
+        gc.disable()
+        try:
+            use(partial(sys.setprofile, profile))
+        except Signal:
+            continue
+        finally:
+            sys.setprofile(None)
+            gc.enable()
+        return step
+    raise AssertionError
+
+
+def test_a_signal_drops_no_event_of_a_call_that_ran(database_url: str) -> None:
+    """Whatever the moment is in which its handler raises, if the body has ended."""
+    with SyncGatewayStore(database_url, redis_url="") as store:
+
+        def use(begin: Callable[[], object]) -> None:
+            with store.audit.call(CALL, CALLER, decision="ALLOW"):
+                begin()
+
+        signals = handed_over(use)
+        assert signals > 9
+        deadline = time.monotonic() + 10
+        while len(store.audit.list_recent(signals + 1)) <= signals and time.monotonic() < deadline:
+            time.sleep(0.01)
+        statuses = Counter(event.execution_status for event in store.audit.list_recent(signals + 1))
+
+    # Before its first line `__exit__` does not know how the body ended. The first signal may come in the body.
+    assert (statuses["CANCELLED"], statuses["SUCCESS"] >= signals - 1) == (1, True)
+
+
+def test_a_signal_leaves_no_call_half_handed_over(tmp_path: Path) -> None:
+    """No coroutine is made for nothing, of which Python would warn, and a `close` that has begun ends."""
+    store = SyncGatewayStore(f"sqlite:///{tmp_path / 'gateway.db'}", redis_url="")
+
+    def use(begin: Callable[[], object], method: Callable[[], object]) -> None:
+        with no_thread_left(), store:
+            begin()
+            try:
+                method()
+            finally:
+                store.close()
+
+    for method in (store.ping, lambda: list(store.audit.stream()), store.close):
+        assert handed_over(partial(use, method=method)) > 9
+
+
 def test_closing_ends_a_wait_in_another_thread(database_url: str) -> None:
     """Who waits for a decision while another thread closes the store is told so, and nothing is left open."""
     with no_thread_left(), ThreadPoolExecutor(1) as pool:
@@ -304,9 +379,23 @@ def test_call_from_its_own_thread_is_refused(store: SyncGatewayStore) -> None:
 
 
 def test_program_that_forgets_to_close_ends(tmp_path: Path) -> None:
-    """A store left open does not keep the interpreter from ending."""
-    program = "from agent_gateway_store import SyncGatewayStore as S; print(len(S().open().keys.list()))"
-    done = forks().run(["-c", program], cwd=tmp_path, env=os.environ, timeout=120)
+    """Neither a store left open nor a call that never ended keeps the interpreter from ending."""
+    program = """
+from agent_gateway_store import SyncGatewayStore
+from builders import CALL, CALLER
+store = SyncGatewayStore().open()
+call = store.audit.call(CALL, CALLER, decision="ALLOW")
+call.__enter__()
+print(len(store.keys.list()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
     assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
 
