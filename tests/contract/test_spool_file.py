@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import sqlite3
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url
 
-from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings
-from agent_gateway_store.audit.record import encode_event, to_values
+from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings, WriteOutcome
+from agent_gateway_store.audit.record import encode_event, key_of, to_values
 from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.errors import StoreUnavailableError
 from builders import make_event
@@ -77,6 +78,50 @@ async def test_spool_of_an_older_version_takes_every_status(tmp_path: Path, path
     assert {event.execution_status for event in found} == set(ExecutionStatus)
 
 
+ALTERED = {
+    "a newer decision": "decision = 'NEWER_WORD'",
+    "no json": "sanitized_args = '{bad'",
+    "no time": "timestamp = 'yesterday'",
+    "no utf-8": "tool_name = CAST(x'ff' AS TEXT)",
+    "nothing": "caller_id = NULL",
+    "another value": "risk_score = risk_score + 0.25",
+    "another hash, as over a newer field": "content_hash = printf('%064d', 1)",
+}
+
+
+async def test_a_row_that_cannot_be_read_holds_up_no_other(
+    database_url: str, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is quarantined as it is, and named; a version that can read it brings it in when it opens a store."""
+    spool = Spool(path, make_url(database_url), await identity_of(database_url))
+    await spool.add([to_values(encode_event(make_event(request_id=name))) for name in ("first", *ALTERED, "last")])
+    with closing(sqlite3.connect(path)) as other:
+        kept = other.execute("SELECT * FROM spooled_events WHERE id = 2").fetchone()
+        for row_id, change in enumerate(ALTERED.values(), 2):
+            other.execute(f"UPDATE spooled_events SET {change} WHERE id = {row_id}")
+        other.commit()
+    new = make_event(request_id="new")
+    for outcome in (WriteOutcome.STORED, WriteOutcome.DUPLICATE):
+        caplog.clear()
+        async with GatewayStore(database_url, redis_url="") as store:
+            await eventually(lambda: asyncio.sleep(0, "Row 8 of the spool" in caplog.text))
+            assert await store.audit.flush() == 0
+            assert await store.audit.write(new) is outcome
+            assert [event.request_id for event in await store.audit.list_recent()] == ["new", "last", "first"]
+        assert await spool.counts() == (0, len(ALTERED))
+        said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert [line.partition(" of ")[0] for line in said] == [f"Row {row_id}" for row_id in range(2, 9)]
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE spooled_events SET decision = ? WHERE id = 2", [make_event().decision.value])
+        assert other.execute("SELECT * FROM spooled_events WHERE id = 2").fetchone()[:-2] == kept[:-2]
+        other.commit()
+    async with GatewayStore(database_url, redis_url="") as store:
+        await eventually(lambda: asyncio.sleep(0, store.audit.counters.replayed == 1))
+        assert "a newer decision" in {event.request_id for event in await store.audit.list_recent()}
+    assert await spool.counts() == (0, len(ALTERED) - 1)
+    await spool.close()
+
+
 async def test_a_file_that_was_replaced_or_removed_takes_nothing_more(path: Path) -> None:
     """Another one is made in its place: what went to the old one would be gone with this process."""
     slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
@@ -120,7 +165,7 @@ async def test_rows_of_a_file_that_was_moved_away_are_removed_from_no_other(path
 
     await slow.remove(seen)
 
-    assert [row["request_id"] for _, row in await slow.waiting(10)] == ["new"]
+    assert [key_of(row)[0] for _, row in await slow.waiting(10)] == ["new"]
     await slow.remove_stored()
     assert spooled_ids(path) == ["new"]
     await slow.close()

@@ -17,7 +17,7 @@ from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOu
 from agent_gateway_store.audit.doors import renew_identity
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.spool import Spool
-from agent_gateway_store.errors import AuditUnavailableError, SchemaOutOfDateError
+from agent_gateway_store.errors import AuditUnavailableError, SchemaOutOfDateError, StoreUnavailableError
 from builders import make_event, rehash
 from proofs.harness import (
     WatchedBackend,
@@ -207,6 +207,7 @@ async def test_any_name_of_a_file_is_that_file(tmp_path: Path, name: str, caplog
         ("folder", "not a file"),
         ("/proc/none/spool.db", "No such file|Permission denied"),
         ("pipe", "not a file"),
+        ("new.db", "new.db.lock' is not a file"),
         ("garbage.db", "not a database"),
         ("n" * 300, "name too long"),
         ("nul\0.db", "null"),
@@ -221,7 +222,8 @@ async def test_a_store_that_could_not_spool_says_so_at_once(
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "garbage.db").write_bytes(b"garbage" * 1_000)
-    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "new.db.lock"):
+        os.mkfifo(tmp_path / name)
     before = sorted(tmp_path.iterdir())
     settings = StoreSettings(audit_mode=mode).model_copy(
         update={"audit_spool_path": Path(place) if place[0] == "~" else tmp_path / place}
@@ -229,11 +231,14 @@ async def test_a_store_that_could_not_spool_says_so_at_once(
 
     async with GatewayStore("sqlite://", redis_url="", settings=settings) as store:
         assert await store.audit.write(make_event()) is STORED
+        if place == "pipe":
+            with pytest.raises(StoreUnavailableError, match="set AUDIT_SPOOL_PATH"):
+                await store.audit.flush()
 
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    said = [line for line in said if "events would be lost" in line]
     assert len(said) == (mode == "spool")
     for line in said:
-        assert "events would be lost" in line
         assert "set AUDIT_SPOOL_PATH" in line
         assert re.search(reason, line, re.IGNORECASE), line
     assert sorted(tmp_path.iterdir()) == before

@@ -14,6 +14,8 @@ from sqlalchemy import select
 
 import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, WriteOutcome
+from agent_gateway_store.audit.backends import backend_for
+from agent_gateway_store.audit.document import COLUMNS
 from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, from_values, key_of
 from builders import make_event, rehash
 from proofs.harness import (
@@ -90,6 +92,20 @@ async def test_every_hostile_event_survives_the_spool(url: str) -> None:
 
     assert sorted(map(from_values, rows), key=key_of) == sorted(map(encode_event, events), key=key_of)
     assert len(found) == 300
+
+
+@pytest.mark.parametrize("value", [2**70, object()], ids=["too large", "no value"])
+async def test_a_row_that_cannot_be_sent_costs_no_other(url: str, value: object) -> None:
+    """The driver refuses it before the database does: it is no outage, and has its own result."""
+    rows = [encode_event(make_event()) for _ in range(3)]
+    place = COLUMNS.index("latency_ms")
+    rows[1] = (*rows[1][:place], value, *rows[1][place + 1 :])
+    async with GatewayStore(url, redis_url="") as store:
+        backend = backend_for(store.database.engine)
+        results = await backend.store(rows)
+        await backend.close()
+
+    assert [isinstance(result, Exception) for result in results] == [False, True, False]
 
 
 class Walk:

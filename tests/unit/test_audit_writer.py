@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import make_url
 
+import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import WriteOutcome
 from agent_gateway_store.audit.backends import RowResult
 from agent_gateway_store.audit.record import EncodedRow, encode_event, key_of, to_values
@@ -28,6 +30,7 @@ class Database:
     def __init__(self) -> None:
         self.committed: list[str] = []
         self.is_away = False
+        self.probed = 0
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         if self.is_away:
@@ -36,6 +39,7 @@ class Database:
         return [WriteOutcome.STORED] * len(rows)
 
     async def probe(self) -> str:
+        self.probed += 1
         return "identity"
 
     async def close(self) -> None: ...
@@ -118,6 +122,39 @@ async def test_a_spool_that_cannot_be_emptied_is_brought_in_all_the_same(
 
     assert database.committed == ids + late
     assert caplog.text.count("cannot be emptied") == 1
+
+
+class Broken(Spool):
+    """Reads nothing."""
+
+    async def waiting(self, limit: int) -> Any:
+        raise KeyError(limit)
+
+
+@pytest.mark.parametrize(("kind", "count"), [(Broken, 1), (Spool, 0)])
+async def test_a_spool_that_cannot_be_read_is_named_once(
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Spool],
+    count: int,
+) -> None:
+    """However often it is tried again; that the database is away was said before, and is not said again."""
+    monkeypatch.setattr(writer_module, "RETRY_AFTER_S", 0.01)
+    spool = kind(tmp_path / "spool.db", make_url("postgresql://host/db"), "identity")
+    writer = AuditWriter(database, spool)
+    database.is_away = True
+    await writer.write(encode_event(make_event()))
+    async with asyncio.timeout(20):
+        while database.probed < 10:
+            await asyncio.sleep(0.01)
+    await writer.close()
+    await spool.close()
+
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "is away" in said[0]
+    assert ["cannot be brought in yet (KeyError)" in line for line in said[1:]] == [True] * count
 
 
 async def test_rows_of_a_new_spool_file_are_not_taken_for_those_that_could_not_be_removed(

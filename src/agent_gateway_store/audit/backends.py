@@ -236,8 +236,12 @@ async def _store_on(driver: aiosqlite.Connection, rows: Sequence[EncodedRow], de
             await _begin(driver, deadline)
             results = await insert(driver, rows)
             await driver.commit()
-        except (aiosqlite.IntegrityError, EventDroppedError) as exc:
+        except Exception as exc:
+            # Raises, too, where the connection is closed.
             await driver.rollback()
+            # The second is the driver's own, of a value that it cannot bind.
+            if is_outage(exc) and not isinstance(exc, aiosqlite.ProgrammingError):
+                raise
             refused = [exc]
         except BaseException:
             if driver.in_transaction:

@@ -15,14 +15,12 @@ import logging
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import datetime
 from glob import escape
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import (
     Column,
@@ -30,14 +28,17 @@ from sqlalchemy import (
     Executable,
     Index,
     MetaData,
+    Select,
     Table,
     Text,
+    and_,
     bindparam,
     delete,
     event,
     func,
     insert,
     inspect,
+    or_,
     select,
     text,
     update,
@@ -48,15 +49,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import CreateColumn
 
 from agent_gateway_store._text import code_text
-from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError
+from agent_gateway_store.audit.document import COLUMNS
+from agent_gateway_store.audit.record import EncodedRow, from_values
+from agent_gateway_store.errors import GatewayStoreError, StoreUnavailableError, UnreadableRowError
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.columns import UtcDateTime
 from agent_gateway_store.storage.database import create_engine, reader_of
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.errors import translate_errors
+from agent_gateway_store.storage.errors import is_bad_text, translate_errors
 from agent_gateway_store.storage.exclusive import file_lock
 from agent_gateway_store.storage.files import (
     beside,
+    check_place,
     create_file,
     create_folder,
     file_id,
@@ -69,6 +73,8 @@ from agent_gateway_store.storage.urls import is_memory
 MAX_BYTES = 2**30
 # Chosen: to make the file takes milliseconds, and callers wait for it.
 _LOCK_S = 2.0
+_LOCK = ".lock"
+_BESIDE = (_LOCK, "-wal", "-shm")
 # SQLite's default.
 _PAGE_BYTES = 4096
 # Chosen: its log grows to 4 MB and by one batch of 8 MiB before it is brought into the file, which takes as much there.
@@ -76,11 +82,10 @@ _RESERVE_BYTES = 2**24
 # Chosen, of one commit: as many as are replayed at once.
 _REMOVED_ROWS = 500
 _columns = AuditEvent.__table__.c
-_FIELDS = tuple(name for name in AuditEvent.model_fields if name != "id")
 _events = Table(
     "spooled_events",
     MetaData(),
-    *(Column(name, _columns[name].type, nullable=True) for name in _FIELDS),
+    *(Column(name, _columns[name].type, nullable=True) for name in COLUMNS),
     Column("target", Text, nullable=False),
     # For people: an identity does not say which database it is.
     Column("url", Text),
@@ -91,13 +96,15 @@ _events = Table(
     # Never the id of a removed row again: another process that replays the old row now would remove the new one.
     sqlite_autoincrement=True,
 )
-
+_IS_ROW = _events.c.id == bindparam("row_id")
 
 _LOG_ASIDE = (
     "%s holds events of a spool that was moved away: stop the gateways, and if it is still there put it beside that "
     "spool, under its name with -wal at the end."
 )
 _logger = logging.getLogger("agent_gateway_store.audit")
+
+_Rows: TypeAlias = list[tuple[int, EncodedRow | UnreadableRowError]]
 
 
 class Target(NamedTuple):
@@ -107,7 +114,7 @@ class Target(NamedTuple):
         target: Its identity; its URL in rows of earlier versions.
         url: Its URL without user and password, as it was spelt last; None in rows of earlier versions.
         waiting: How many rows wait.
-        quarantined: How many it has refused.
+        quarantined: How many it has refused, or could not be read.
     """
 
     target: str
@@ -137,6 +144,8 @@ class Spool:
         self._opening = asyncio.Lock()
         # Of rows that the database holds and that could not be removed.
         self._stored: list[int] = []
+        # The last one that this process could not read.
+        self._unreadable = 0
 
     @property
     def exists(self) -> bool:
@@ -152,17 +161,11 @@ class Spool:
         Raises:
             StoreUnavailableError: They could not; the text says why and what to do.
         """
-        try:
-            await asyncio.to_thread(_check_place, self.path)
+        async with _place_named(self.path, OSError, ValueError, GatewayStoreError):
+            await asyncio.to_thread(check_place, self.path, _BESIDE)
             if self.exists or beside(self.path, "-wal").exists() or _logs_aside(self.path):
                 async with self._transaction("write the spool"):
                     pass
-        except (OSError, ValueError, GatewayStoreError) as exc:
-            reason = getattr(exc.__cause__, "orig", None) or getattr(exc, "strerror", None) or exc
-            raise StoreUnavailableError(
-                f"The spool {code_text(str(self.path))} cannot be written ({reason}): set AUDIT_SPOOL_PATH to a file "
-                "in a folder that this process may write to."
-            ) from exc
 
     async def add(self, rows: Sequence[Mapping[str, Any]], *, error: str | None = None) -> None:
         """Keep `rows`. With an `error` they are quarantined: shown, and never replayed.
@@ -181,27 +184,37 @@ class Spool:
                 await asyncio.to_thread(self._keep_reserve)
                 async with self._transaction("spool the event") as connection:
                     await connection.execute(insert(_events).values(spooled_at=db_now()), given)
-            except (StoreUnavailableError, FileNotFoundError):
+            except StoreUnavailableError:
                 if is_last or (engine is self._engine and not is_gone(self.path, self._opened)):
                     raise
             else:
                 if connection.engine is self._engine and not is_gone(self.path, self._opened):
                     return
 
-    async def waiting(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
-        """Return up to `limit` rows to replay, oldest first, with their ids.
+    async def waiting(self, limit: int) -> _Rows:
+        """Return up to `limit` rows to replay, oldest first, with their ids; of one that is no whole event, the error.
 
         Those of earlier versions for this URL are given the identity before. What could not be removed is not returned.
+        What a process could not read is returned to each other one: its version may be able to.
         """
-        statement = select(_events).where(_events.c.target == self.identity, _events.c.error.is_(None))
         async with self._transaction("read the spool") as connection:
             if self._read_by is not connection.engine:
                 # An id says something about its own file only.
-                self._read_by, self._stored = connection.engine, []
+                self._read_by, self._stored, self._unreadable = connection.engine, [], 0
             await self._name(connection, self._url)
-            statement = statement.where(_events.c.id > max(self._stored, default=0))
-            found = await connection.execute(statement.order_by(_events.c.id).limit(limit))
-            return [(row["id"], _complete(dict(row))) for row in found.mappings()]
+            is_untried = and_(_events.c.error == UnreadableRowError.__name__, _events.c.id > self._unreadable)
+            is_own = _events.c.target == self.identity
+            statement = select(_events).where(is_own, or_(_events.c.error.is_(None), is_untried))
+            statement = statement.where(_events.c.id > max(self._stored, default=0)).order_by(_events.c.id).limit(limit)
+            try:
+                return await _read(connection, statement)
+            except Exception:
+                # One row fails them all.
+                ids = (await connection.scalars(statement.with_only_columns(_events.c.id))).all()
+            found = [await _read_one(connection, row_id) for row_id in ids]
+            failed = (row_id for row_id, row in found if isinstance(row, UnreadableRowError))
+            self._unreadable = max(failed, default=self._unreadable)
+            return found
 
     async def adopt(self, target: str) -> int:
         """Have this database receive the rows that wait for `target`; return how many these are."""
@@ -236,26 +249,24 @@ class Spool:
             del self._stored[:_REMOVED_ROWS]
 
     async def _delete(self, ids: Sequence[int]) -> None:
-        if not ids:
-            return
-        statement = delete(_events).where(_events.c.id == bindparam("row_id"))
-        rows = [{"row_id": each} for each in ids]
-        try:
-            await self._write(statement, rows)
-        except StoreUnavailableError:
-            if not await asyncio.to_thread(self._give_up_reserve):
-                raise
-            await self._write(statement, rows)
+        await self._write(delete(_events).where(_IS_ROW), [{"row_id": each} for each in ids])
 
-    async def quarantine(self, row_id: int, error: str) -> None:
-        """Keep a row that the database refuses out of every further replay."""
-        await self._write(update(_events).where(_events.c.id == row_id).values(error=error))
+    async def quarantine(self, errors: Mapping[int, Exception]) -> None:
+        """Keep rows, by their ids, out of every further replay: the database refuses them, or they cannot be read."""
+        rows = [{"row_id": row_id, "reason": type(error).__name__} for row_id, error in errors.items()]
+        await self._write(update(_events).where(_IS_ROW).values(error=bindparam("reason")), rows)
 
-    async def _write(self, statement: Executable, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
-        async with self._transaction("write the spool") as connection:
-            # In a file that was put in its place the same ids are other rows.
-            if self._read_by in (None, connection.engine):
-                await connection.execute(statement, rows)
+    async def _write(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        while rows:
+            try:
+                async with self._transaction("write the spool") as connection:
+                    # In a file that was put in its place the same ids are other rows.
+                    if self._read_by in (None, connection.engine):
+                        await connection.execute(statement, rows)
+                return
+            except StoreUnavailableError:
+                if not await asyncio.to_thread(self._give_up_reserve):
+                    raise
 
     async def targets(self) -> list[Target]:
         """Return what waits, for each database."""
@@ -308,12 +319,12 @@ class Spool:
     async def engine(self) -> AsyncEngine:
         """Return the engine of the file, which the first call makes."""
         # Batches that fail at the same time come here at the same time.
-        async with self._opening:
+        async with self._opening, _place_named(self.path, OSError, ValueError):
             if self._engine is None or is_gone(self.path, self._opened):
-                _check_place(self.path)
+                check_place(self.path, _BESIDE)
                 create_folder(self.path.parent)
                 # Of two that make the file at once, one would take the other's log for that of the file before.
-                lock = file_lock(beside(self.path, ".lock"), wait_s=_LOCK_S, busy="Another process makes the spool")
+                lock = file_lock(beside(self.path, _LOCK), wait_s=_LOCK_S, busy="Another process makes the spool")
                 async with lock if self._engine is not None or is_empty(self.path) else nullcontext():
                     # Asked while it is open, for later another log may be given its inode.
                     is_own = self._engine is not None and not is_gone(beside(self.path, "-wal"), self._log)
@@ -371,21 +382,18 @@ class Spool:
         return True
 
 
-def _check_place(path: Path) -> None:
-    """Raise what is wrong with the place of a file that is to be written, and perhaps to be made with its folders."""
-    if not path.is_absolute():
-        raise FileNotFoundError(2, "this user has no home folder")
+@asynccontextmanager
+async def _place_named(path: Path, *errors: type[Exception]) -> AsyncIterator[None]:
+    """Say which file it is, and what to do, where one of `errors` is raised over it."""
     try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        folder = next(parent for parent in path.parents if parent.exists())
-        # To ask for the rights is not enough: a disk may be read-only, and a file stand where a folder should.
-        with TemporaryFile(dir=folder):
-            return
-    if not stat.S_ISREG(mode):
-        raise IsADirectoryError(21, "this is not a file")
-    if not os.access(path, os.W_OK):
-        raise PermissionError(13, os.strerror(13))
+        yield
+    except errors as exc:
+        cause = exc.__cause__ or exc
+        reason = getattr(cause, "orig", None) or getattr(cause, "strerror", None) or exc
+        raise StoreUnavailableError(
+            f"The spool {code_text(str(path))} cannot be written ({reason}): set AUDIT_SPOOL_PATH to a file in a "
+            "folder that this process may write to."
+        ) from exc
 
 
 def _prepare(connection: Connection) -> None:
@@ -398,13 +406,21 @@ def _prepare(connection: Connection) -> None:
             connection.execute(text(f"ALTER TABLE {_events.name} ADD COLUMN {definition}"))
 
 
-def _complete(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the event's fields, with the default of each that the version which wrote the row did not know."""
-    values = {name: row[name] for name in _FIELDS}
-    for name, value in values.items():
-        if value is None and not _columns[name].nullable:
-            values[name] = AuditEvent.model_fields[name].get_default(call_default_factory=True)
-    return values
+async def _read(connection: AsyncConnection, statement: Select[Any]) -> _Rows:
+    found = await connection.execute(statement)
+    return [(row["id"], from_values(row)) for row in found.mappings()]
+
+
+async def _read_one(connection: AsyncConnection, row_id: int) -> tuple[int, EncodedRow | UnreadableRowError]:
+    try:
+        return (await _read(connection, select(_events).where(_events.c.id == row_id)))[0]
+    except Exception as exc:
+        if isinstance(exc, DBAPIError) and not is_bad_text(exc):
+            raise
+        return row_id, UnreadableRowError(
+            f"Row {row_id} of the spool was altered, or a newer version wrote it ({type(exc).__name__}): it is "
+            "quarantined, and each store that opens on the spool tries it again."
+        )
 
 
 def _logs_aside(path: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -16,12 +17,18 @@ from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BatchQueue
 from agent_gateway_store.audit.backends import Backend, RowResult, store_batch
 from agent_gateway_store.audit.outcomes import AuditCounters, WriteOutcome, log_lost
-from agent_gateway_store.audit.record import EncodedRow, from_values, size_of, to_values
+from agent_gateway_store.audit.record import EncodedRow, size_of, to_values
 from agent_gateway_store.audit.spool import Spool
-from agent_gateway_store.errors import AuditUnavailableError, StoreNotOpenError, StoreUnavailableError
+from agent_gateway_store.errors import (
+    AuditUnavailableError,
+    GatewayStoreError,
+    StoreNotOpenError,
+    StoreUnavailableError,
+    UnreadableRowError,
+)
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.storage.database import NO_WRITES
-from agent_gateway_store.storage.errors import conflict_of
+from agent_gateway_store.storage.errors import conflict_of, translate_errors
 
 # Chosen: about ten batches, so that the next one is full while one is committed, and memory is bounded.
 MAX_QUEUED_ROWS, MAX_QUEUED_BYTES = 10_000, 64 * 2**20
@@ -37,6 +44,7 @@ _REPLAY_ROWS = 500
 
 _Answer: TypeAlias = WriteOutcome | AuditUnavailableError
 
+_NOT_REPLAYED = "What waits in the spool %s cannot be brought in yet (%s): it stays there, and is tried again."
 _REFUSED = "The database refuses an audit event (%s): %s."
 
 _logger = logging.getLogger("agent_gateway_store.audit")
@@ -300,11 +308,18 @@ class AuditWriter:
     async def _recover(self, *, at_once: bool) -> None:
         if not at_once:
             await asyncio.sleep(RETRY_AFTER_S)
+        has_failed = is_said = False
         while True:
             try:
-                return await self._replay_spool()
+                with translate_errors("take what waits in the spool"):
+                    return await self._replay_spool()
             except Exception as exc:
-                _logger.debug("The spool cannot be replayed yet (%s).", type(exc).__name__)
+                # That the database is away was said when it went, and that the spool cannot be emptied, too.
+                is_outage = isinstance(exc, GatewayStoreError | OSError | sqlite3.Error)
+                is_known = self._is_stuck or (self._is_away and is_outage)
+                is_new = has_failed and not (is_known or is_said)
+                _logger.log(logging.ERROR if is_new else logging.DEBUG, _NOT_REPLAYED, self.spool.path, _reason(exc))
+                has_failed, is_said = True, is_said or is_new
             await asyncio.sleep(RETRY_AFTER_S)
 
     async def _replay_spool(self) -> None:
@@ -338,22 +353,22 @@ class AuditWriter:
             waiting = await self.spool.waiting(_REPLAY_ROWS)
         if not waiting:
             return 0
-        rows = [from_values(values) for _, values in waiting]
-        results = await store_batch(self._backend, rows)
-        refused = {
-            row_id: result
-            for (row_id, _), result in zip(waiting, results, strict=True)
-            if isinstance(result, Exception)
-        }
-        done = [row_id for row_id, _ in waiting if row_id not in refused]
+        rows = {row_id: row for row_id, row in waiting if not isinstance(row, UnreadableRowError)}
+        results = await store_batch(self._backend, list(rows.values()))
+        fates = {row_id: row for row_id, row in waiting if row_id not in rows} | dict(zip(rows, results, strict=True))
+        refused = {row_id: fate for row_id, fate in fates.items() if isinstance(fate, Exception)}
+        done = [row_id for row_id in rows if row_id not in refused]
         self._replayed += len(done)
-        self._notify_stored(rows, results)
+        self._notify_stored(list(rows.values()), results)
         with self._spool_must_answer():
             # A full disk keeps them there, and the next ones must be stored all the same.
             with suppress(StoreUnavailableError):
                 await self.spool.remove(done)
-            for row_id, error in refused.items():
-                await self.spool.quarantine(row_id, type(error).__name__)
+            await self.spool.quarantine(refused)
+        for error in refused.values():
+            if isinstance(error, UnreadableRowError):
+                _logger.error("%s", error)
+            else:
                 _logger.error(_REFUSED, _reason(error), "it is quarantined")
         return len(waiting)
 

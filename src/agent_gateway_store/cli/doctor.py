@@ -363,7 +363,10 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
         note = report.problem if is_stuck else report.warning
         note(f"{waiting} events wait in the spool: an open store brings them in while the database answers.")
     if quarantined:
-        report.warning(f"{quarantined} events were refused by the database and are kept in the spool's quarantine.")
+        report.warning(
+            f"{quarantined} events are kept in the spool's quarantine: the database refused them, or they were altered "
+            "in the spool, or a newer version wrote them. The log of the gateways says at ERROR which it is."
+        )
     for each in others:
         place = f", last at {word(shown(each.url))}" if each.url else ""
         report.warning(

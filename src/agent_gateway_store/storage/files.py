@@ -13,10 +13,12 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from errno import EINVAL, ENOENT, ENOTDIR
+from errno import EACCES, EINVAL, EISDIR, ENOENT, ENOTDIR
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Literal, TypeVar
 
+from agent_gateway_store._text import code_text
 from agent_gateway_store.results.arrow import arrow
 
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
@@ -80,6 +82,30 @@ def open_regular(path: Path) -> IO[bytes]:
         return os.fdopen(file, "rb")
     os.close(file)
     raise OSError(EINVAL, "it is no regular file", str(path))
+
+
+def check_place(path: Path, beside_it: Iterable[str]) -> None:
+    """Raise what is wrong with the place of a SQLite file, and of those beside it, that is to be written or made.
+
+    Folders may be missing. Nothing is left behind.
+
+    Args:
+        path: Of the file.
+        beside_it: What is added to its name for each other one.
+    """
+    if not path.is_absolute():
+        raise FileNotFoundError(ENOENT, "this user has no home folder")
+    for each in (path, *(beside(path, suffix) for suffix in beside_it)):
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(each.stat().st_mode):
+                raise IsADirectoryError(EISDIR, f"{code_text(each.name)} is not a file")
+            if not os.access(each, os.W_OK):
+                raise PermissionError(EACCES, f"{code_text(each.name)}: {os.strerror(EACCES)}")
+    if not path.exists():
+        folder = next(parent for parent in path.parents if parent.exists())
+        # To ask for the rights is not enough: a disk may be read-only, and a file stand where a folder should.
+        with TemporaryFile(dir=folder):
+            pass
 
 
 def file_id(path: Path) -> tuple[int, int]:
