@@ -104,7 +104,7 @@ _LOG_ASIDE = (
 )
 _logger = logging.getLogger("agent_gateway_store.audit")
 
-_Rows: TypeAlias = list[tuple[int, EncodedRow | UnreadableRowError]]
+_Row: TypeAlias = tuple[int, EncodedRow | UnreadableRowError | None]
 
 
 class Target(NamedTuple):
@@ -191,11 +191,12 @@ class Spool:
                 if connection.engine is self._engine and not is_gone(self.path, self._opened):
                     return
 
-    async def waiting(self, limit: int) -> _Rows:
-        """Return up to `limit` rows to replay, oldest first, with their ids; of one that is no whole event, the error.
+    async def waiting(self, limit: int) -> list[_Row]:
+        """Return up to `limit` rows to replay, oldest first, with their ids.
 
         Those of earlier versions for this URL are given the identity before. What could not be removed is not returned.
-        What a process could not read is returned to each other one: its version may be able to.
+        For a row that is no whole event stands an error, or None once it is quarantined: each process tries it again,
+        for its version may be able to read it.
         """
         async with self._transaction("read the spool") as connection:
             if self._read_by is not connection.engine:
@@ -210,10 +211,9 @@ class Spool:
                 return await _read(connection, statement)
             except Exception:
                 # One row fails them all.
-                ids = (await connection.scalars(statement.with_only_columns(_events.c.id))).all()
-            found = [await _read_one(connection, row_id) for row_id in ids]
-            failed = (row_id for row_id, row in found if isinstance(row, UnreadableRowError))
-            self._unreadable = max(failed, default=self._unreadable)
+                each = await connection.execute(statement.with_only_columns(_events.c.id, _events.c.error.is_(None)))
+            found = [await _read_one(connection, row_id, is_new=is_new) for row_id, is_new in each.all()]
+            self._unreadable = max([self._unreadable, *(row_id for row_id, row in found if not isinstance(row, tuple))])
             return found
 
     async def adopt(self, target: str) -> int:
@@ -406,21 +406,20 @@ def _prepare(connection: Connection) -> None:
             connection.execute(text(f"ALTER TABLE {_events.name} ADD COLUMN {definition}"))
 
 
-async def _read(connection: AsyncConnection, statement: Select[Any]) -> _Rows:
+async def _read(connection: AsyncConnection, statement: Select[Any]) -> list[_Row]:
     found = await connection.execute(statement)
     return [(row["id"], from_values(row)) for row in found.mappings()]
 
 
-async def _read_one(connection: AsyncConnection, row_id: int) -> tuple[int, EncodedRow | UnreadableRowError]:
+async def _read_one(connection: AsyncConnection, row_id: int, *, is_new: bool) -> _Row:
     try:
         return (await _read(connection, select(_events).where(_events.c.id == row_id)))[0]
     except Exception as exc:
         if isinstance(exc, DBAPIError) and not is_bad_text(exc):
             raise
-        return row_id, UnreadableRowError(
-            f"Row {row_id} of the spool was altered, or a newer version wrote it ({type(exc).__name__}): it is "
-            "quarantined, and each store that opens on the spool tries it again."
-        )
+        reason = f"was altered, or a newer version wrote it ({type(exc).__name__})"
+        step = "it is quarantined, and each store that opens on the spool tries it again"
+        return row_id, UnreadableRowError(f"Row {row_id} of the spool {reason}: {step}.") if is_new else None
 
 
 def _logs_aside(path: Path) -> list[Path]:

@@ -353,7 +353,7 @@ class AuditWriter:
             waiting = await self.spool.waiting(_REPLAY_ROWS)
         if not waiting:
             return 0
-        rows = {row_id: row for row_id, row in waiting if not isinstance(row, UnreadableRowError)}
+        rows = {row_id: row for row_id, row in waiting if isinstance(row, tuple)}
         results = await store_batch(self._backend, list(rows.values()))
         fates = {row_id: row for row_id, row in waiting if row_id not in rows} | dict(zip(rows, results, strict=True))
         refused = {row_id: fate for row_id, fate in fates.items() if isinstance(fate, Exception)}
