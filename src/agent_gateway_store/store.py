@@ -347,7 +347,6 @@ class _Core:
         try:
             await self._prepare_schema()
             identity = await read_identity(self.database.engine)
-            await check_replica(self.database, identity)
             dispatcher = Dispatcher(self.plugins, self.settings, self.executor)
             notifiers = await dispatcher.open()
             notify = self.after_write.notify if self.after_write.is_wanted else None
@@ -359,6 +358,7 @@ class _Core:
             if self.settings.otel_enabled:
                 telemetry.enable(self.figures)
             self.database.bind_to_loop()
+            await check_replica(self.database, identity)
             self.writer.writer = writer
             self.before_write.withheld = self.after_write.unnotified = 0
             for part in (self.key_cache, self.redis, self.sealer, self.retention_lock):

@@ -28,7 +28,7 @@ from agent_gateway_store.integrations import langchain as for_langchain
 from agent_gateway_store.integrations import openai_agents as for_openai
 from agent_gateway_store.integrations import pydantic_ai as for_pydantic_ai
 from agent_gateway_store.integrations.guard import CallGuard, CallPendingError, CallRefusedError, Verdict
-from builders import CALL
+from builders import CALL, make_request
 
 CALLER = CallerIdentity(
     caller_id="dev-agent", role="developer", trust_level=TrustLevel.MEDIUM, environment="test", org_id="acme"
@@ -155,6 +155,8 @@ async def test_nothing_runs_without_a_record(tmp_path: Path) -> None:
         with pytest.raises(CallRefusedError, match="cannot reach its records"):
             await bench.run(call)
     assert "cannot reach its records" in (await pydantic_agent(bench, "format_disk").run("format it")).output
+    decided = make_request(status="DENIED")
+    assert "cannot reach its records" in await bench.guard().refuse(CALL, CALLER, decided)
     assert bench.ran == []
     await store.close()
 

@@ -233,9 +233,10 @@ async def _check_replica(report: Report, engine: AsyncEngine, url: str, identity
         async with bound(create_engine(url, reads=True), owned=True) as database:
             found = await read_identity(database.engine, reads=True)
             age_s = await database.replica_age_s()
-            both = Database(engine, owned=False, replica=database) if found == identity else database
-            is_apart = await both.is_replica_apart()
-        facts |= {"reachable": True, "is_standby": age_s is not None, "age_s": age_s}
+            facts |= {"reachable": True, "is_standby": age_s is not None, "age_s": age_s}
+            both = Database(engine, owned=False, replica=database)
+            both.bind_to_loop()
+            is_apart = found == identity and await both.is_replica_apart()
         if found != identity:
             report.problem("DATABASE_READ_URL leads to another database: name a replica of this one.")
         elif is_apart:

@@ -148,7 +148,7 @@ async def _to_login(request: Request) -> Response:
 
 
 async def _absent(request: Request, _exc: Exception) -> Response:
-    note = (await pages.form_of(request)).get("note", "")
+    note = (await pages.form_of(request)).get("note", "") if request.method == "POST" else ""
     return await _refused(request, HTTPException(404, "There is no such approval."), note=note)
 
 

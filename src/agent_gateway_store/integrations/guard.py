@@ -294,11 +294,11 @@ class CallGuard:
 
     async def refuse(self, call: ToolCall, caller: CallerIdentity, decided: ApprovalRequest) -> str:
         """Record that `decided` does not release the call, and return the sentence that says so."""
-        text = refusal_text(decided)
-        with suppress(CallRefusedError):
+        try:
             asked = await self._asked(call, caller, rule="gateway.not_approved", approver_id=decided.approver_id)
-            await asked.refusal(text)
-        return text
+            return str(await asked.refusal(refusal_text(decided)))
+        except CallRefusedError as exc:
+            return str(exc)
 
     async def deny(self, call: ToolCall, caller: CallerIdentity, reason: str, **fields: Any) -> CallRefusedError:
         """Record that an adapter cannot take the call, of which only names are shown, and return the refusal."""

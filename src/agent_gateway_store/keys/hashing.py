@@ -119,7 +119,7 @@ class KeyVerifier:
     (see `KeyCache.fingerprint`) and the hash. Each key id may fail eight times in a row, then once a second, and have
     four checks under way. Beyond that a key that was not checked before gets StoreUnavailableError and not a refusal,
     since it may be the new key of a caller whose key id is attacked. A check goes on when its callers are gone: a wrong
-    key counts whoever hangs up, and a right one is remembered.
+    key counts whoever hangs up, and a right one is remembered where keys are cached.
 
     Args:
         hasher: bcrypt in its threads.

@@ -116,21 +116,22 @@ class ApprovalPruner:
             if self._manifest is None:
                 await require_archive(connection, await lock_holds(connection))
             own = _notices.c.approval_id.in_(ids), _notices.c.status == "DELIVERED"
-            notices = (await connection.execute(select(func.count()).select_from(_notices).where(*own))).scalar_one()
+            # Before the first lock: what is delivered while this waits for it is neither archived nor counted.
+            notices = (await connection.execute(select(_notices.c.id).where(*own))).scalars().all()
             # In the order in which a gateway locks them.
             await connection.execute(delete(_approvals).where(_approvals.c.approval_id.in_(ids)))
             await connection.execute(delete(_votes).where(_votes.c.approval_id.in_(ids)))
-            await connection.execute(delete(_notices).where(*own))
+            await connection.execute(delete(_notices).where(_notices.c.id.in_(notices)))
             facts = {
                 "approvals": len(ids),
-                "notices": notices,
+                "notices": len(notices),
                 "before": self._before.isoformat(),
                 "archived": self._manifest is not None,
             }
             why = "Approvals older than the retention were pruned."
             await write_door(connection, PRUNE_APPROVALS, facts, by=self._by, environment=self._environment, why=why)
             await still_locked()
-        return PrunedApprovals(approvals=len(ids), notices=notices, files=files)
+        return PrunedApprovals(approvals=len(ids), notices=len(notices), files=files)
 
 
 def _is_over(before: datetime | ColumnElement[datetime]) -> ColumnElement[bool]:

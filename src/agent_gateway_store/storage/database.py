@@ -292,9 +292,8 @@ class Database:
         """
         if self.replica is self or self.dialect == "sqlite":
             return False
-        with translate_errors(self.replica._read_as):
-            async with self._reader.connect() as here, self.replica._reader.connect() as there:
-                servers = [(await each.exec_driver_sql(_SERVER)).one() for each in (here, there)]
+        async with self.read() as here, self.replica.read() as there:
+            servers = [(await each.exec_driver_sql(_SERVER)).one() for each in (here, there)]
         return not any(each[0] for each in servers) and servers[0] != servers[1]
 
     @contextmanager

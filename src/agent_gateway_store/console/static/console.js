@@ -42,7 +42,7 @@
     said.replaceChildren(`${words} `, link);
   }
 
-  let busy = false, ended = false, source = null;
+  let busy = false, again = false, ended = false, source = null;
   const close = () => source?.close();
 
   function end(words, name) {
@@ -52,10 +52,11 @@
   }
 
   async function look() {
+    again = busy;
     if (busy || ended) return;
     busy = true;
     try {
-      const answer = await fetch(location.href, { credentials: "same-origin" });
+      const answer = await fetch(location.href, { credentials: "same-origin", signal: AbortSignal.timeout(POLL_MS) });
       if (answer.redirected) {
         if (isBusy(live())) end("You are signed out. Copy your note, it is not kept.", "Sign in");
         else location.reload();
@@ -68,11 +69,12 @@
         end(`${name} has signed in here. This page is not kept up to date.`, "Load it again");
         return;
       }
-      if (!answer.ok) return;
-      setClock(page);
       const fresh = page.querySelector("[data-live]"), shown = live();
+      // Another answer is that of a proxy.
+      if (!answer.ok || !fresh) return;
+      setClock(page);
       // What agents wrote is never compared here: they choose how long it is.
-      if (!fresh || fresh.dataset.version === shown.dataset.version) return;
+      if (fresh.dataset.version === shown.dataset.version) return;
       const before = ids(shown), arrived = [...ids(fresh)].filter((id) => !before.has(id)).length;
       const list = arrived ? `${arrived} new.` : "The list has changed.";
       const words = shown.querySelector(".requests") ? list : "This request has changed.";
@@ -83,6 +85,8 @@
       setTimeout(() => { if (said.textContent === words) said.textContent = ""; }, 6000);
       tick();
     } catch { /* The next look tries again. */ } finally { busy = false; }
+    // What came meanwhile may not be on the page that was read.
+    if (again) await look();
   }
 
   function listen() {
