@@ -147,14 +147,14 @@ def test_lines_and_fields_carry_no_control_bytes(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("15M", 900), (" 24h ", 86400), ("30d", 2592000), ("0s", 0)]
+    ("text", "seconds"), [("90s", 90), ("15M", 900), (" 24h ", 86400), ("30d", 2592000), ("2w", 1209600), ("0s", 0)]
 )
 def test_a_duration_is_a_number_with_a_unit(text: str, seconds: int) -> None:
     """Any case, any space around."""
     assert duration(text, "--overlap") == timedelta(seconds=seconds)
 
 
-@pytest.mark.parametrize("text", ["", "soon", "-1h", "1", "1w", "1.5h", "9999999d", "\u0661h"])
+@pytest.mark.parametrize("text", ["", "soon", "-1h", "1", "1y", "1.5h", "9999999d", "\u0661h"])
 def test_anything_else_is_no_duration(text: str) -> None:
     """The error names the option."""
     with pytest.raises(typer.BadParameter, match="--overlap"):

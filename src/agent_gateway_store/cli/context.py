@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
 S = TypeVar("S", "GatewayStore", "SyncGatewayStore")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+# As the lifetime of a key: every database can still count that far back.
+_LONGEST = timedelta(days=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -228,13 +228,17 @@ def json_object(text: str, option: str) -> dict[str, Any]:
 
 
 def duration(text: str, option: str) -> timedelta:
-    """Return `90s`, `15m`, `24h` or `30d` as a timedelta.
+    """Return `90s`, `15m`, `24h`, `30d` or `2w` as a timedelta.
 
     Raises:
-        typer.BadParameter: It is none of these.
+        typer.BadParameter: It is no period, or longer than the databases can count back.
     """
-    # Six digits of days are 2,700 years: well below the limit at which timedelta raises OverflowError.
-    found = re.fullmatch(r"(\d{1,6})([smhd])", text.strip().lower(), re.ASCII)
-    if found is None:
-        raise typer.BadParameter(f"{option} must be a number with a unit: 90s, 15m, 24h or 30d.")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    from agent_gateway_store.storage import filters
+
+    try:
+        found = filters.duration(option, text)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None
+    if found > _LONGEST:
+        raise typer.BadParameter(f"{option} must be a million days at most.")
+    return found

@@ -153,7 +153,7 @@ def redrive(
 @app.command()
 def prune(
     ctx: typer.Context,
-    older_than: Annotated[str, typer.Option(help="90s, 15m, 24h or 30d.")],
+    older_than: Annotated[str, typer.Option(help="90s, 15m, 24h, 30d or 2w.")],
     json: JsonOption = False,
 ) -> None:
     """Delete the record of notices that arrived long ago; those that have not arrived stay."""
