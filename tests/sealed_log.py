@@ -14,11 +14,10 @@ from agent_gateway_store.evidence.notes import SigningKey, checkpoint_note
 from agent_gateway_store.evidence.tree import (
     TileHashes,
     inclusion_path,
-    leaf_hash,
     node_hash,
     root_from,
 )
-from agent_gateway_store.models.evidence import Checkpoint
+from agent_gateway_store.models.evidence import Checkpoint, leaf_hash
 from builders import make_event
 from consistency import consistency_path
 

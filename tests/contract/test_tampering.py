@@ -20,9 +20,8 @@ from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
 from agent_gateway_store.audit.doors import DOOR_FIELDS
 from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.audit.selects import select_events
-from agent_gateway_store.evidence.tree import leaf_hash
 from agent_gateway_store.models.audit import ExecutionStatus, OutputDecision, RedactionFlag
-from agent_gateway_store.models.evidence import Checkpoint, FindingKind, identity_table
+from agent_gateway_store.models.evidence import Checkpoint, FindingKind, identity_table, leaf_hash
 from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage.append_only import open_door
 from builders import make_event

@@ -18,13 +18,13 @@ from agent_gateway_store.evidence.tree import (
     GrowingTree,
     TileHashes,
     inclusion_path,
-    leaf_hash,
     node_hash,
     root_from,
     tiles_for_inclusion,
     tiles_for_root,
     verify_inclusion,
 )
+from agent_gateway_store.models.evidence import leaf_hash
 from consistency import consistency_path, verify_consistency
 
 pytestmark = pytest.mark.unit

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_gateway_store.archive.manifest import Entry, Manifest, runs_of, sha256_of
 from agent_gateway_store.errors import ArchiveError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.evidence import leaf_hash
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column, columns_of
 from agent_gateway_store.storage.arrow import by_day
@@ -39,15 +39,10 @@ _GROUP_ROWS = 10_000
 _SALT_BYTES = 16
 
 
-def leaf_of(salt: str, content_hash: str) -> str:
-    """Return the leaf of an event (RFC 9162, over salt and hash), all as hex digits."""
-    return sha256(b"\0" + bytes.fromhex(salt) + bytes.fromhex(content_hash)).hexdigest()
-
-
 def said_of_unhashed(salt: str, leaf: str) -> str | None:
     """Say of an event that does not fit its leaf that it was sealed without a hash, which counts as zeros there."""
     try:
-        is_unhashed = leaf_of(salt, "00" * 32) == leaf
+        is_unhashed = leaf_hash(bytes.fromhex(salt), bytes(32)).hex() == leaf
     except (TypeError, ValueError):
         # A file can be made to hold something else.
         return None

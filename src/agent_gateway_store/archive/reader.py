@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import code_text, describe
-from agent_gateway_store.archive.files import EVENT_COLUMNS, NAMES, leaf_of, require_intact, said_of_unhashed
+from agent_gateway_store.archive.files import EVENT_COLUMNS, NAMES, require_intact, said_of_unhashed
 from agent_gateway_store.archive.footer import BATCH_ROWS, Footer, require_columns
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
 from agent_gateway_store.audit.document import hash_of_stored
@@ -21,7 +21,7 @@ from agent_gateway_store.audit.filters import Filters, criteria
 from agent_gateway_store.audit.selects import FIELDS, events_of
 from agent_gateway_store.errors import ArchiveError
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.models.evidence import Finding, FindingKind
+from agent_gateway_store.models.evidence import Finding, FindingKind, leaf_hash
 from agent_gateway_store.models.retention import ArchiveVerification
 from agent_gateway_store.results.arrow import arrow, arrow_schema, conform
 from agent_gateway_store.results.cells import columns_of
@@ -266,7 +266,8 @@ def checked_row(row: Sequence[Any]) -> CheckedRow | None:
     if not salt and event[_CONTENT_HASH] is None:
         return CheckedRow(position, leaf, content)
     try:
-        fits = content and event[_CONTENT_HASH] == content and salt and leaf_of(salt, content) == leaf
+        is_hashed = content and event[_CONTENT_HASH] == content and salt
+        fits = is_hashed and leaf_hash(bytes.fromhex(salt), content).hex() == leaf
     except ValueError:
         # A file can be made to hold a salt of other characters.
         return None

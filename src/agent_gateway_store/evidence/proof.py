@@ -35,7 +35,6 @@ from agent_gateway_store.evidence.tree import (
     HASH_BYTES,
     ReadTiles,
     inclusion_path,
-    leaf_hash,
     tiles_for_inclusion,
     verify_inclusion,
 )
@@ -56,6 +55,7 @@ from agent_gateway_store.models.evidence import (
     Finding,
     FindingKind,
     Verification,
+    leaf_hash,
 )
 from agent_gateway_store.models.values import ApprovalStatus, FrozenModel
 from agent_gateway_store.storage.database import Database

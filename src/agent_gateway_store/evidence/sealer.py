@@ -16,9 +16,9 @@ from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import LogMismatchError, UnreadableRowError
 from agent_gateway_store.evidence.notes import SigningKey, checkpoint_note
 from agent_gateway_store.evidence.tiles import grown, put_tiles, read_tiles
-from agent_gateway_store.evidence.tree import HASH_BYTES, TileHashes, leaf_hash, root_from, tiles_for_root
+from agent_gateway_store.evidence.tree import HASH_BYTES, TileHashes, root_from, tiles_for_root
 from agent_gateway_store.models.columns import UtcDateTime
-from agent_gateway_store.models.evidence import AuditLeaf, Checkpoint
+from agent_gateway_store.models.evidence import AuditLeaf, Checkpoint, leaf_hash
 from agent_gateway_store.storage.database import AnyConnection, Database, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts, sqlstate_of
 from agent_gateway_store.storage.identity import known

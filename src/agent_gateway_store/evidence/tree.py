@@ -19,17 +19,6 @@ TILE_WIDTH = 1 << TILE_HEIGHT
 EMPTY_ROOT = sha256(b"").digest()
 
 
-def leaf_hash(salt: bytes, content_hash: bytes | str) -> bytes:
-    """Return the leaf of an event: SHA-256 over a zero byte, the salt, and `content_hash` as 32 bytes.
-
-    Args:
-        salt: Keeps a leaf from being guessed by whoever knows what an event may say.
-        content_hash: The event's, as 64 hex digits or as 32 bytes.
-    """
-    content = bytes.fromhex(content_hash) if isinstance(content_hash, str) else content_hash
-    return sha256(b"\0" + salt + content).digest()
-
-
 def node_hash(left: bytes, right: bytes) -> bytes:
     """Return the hash of the node above two others."""
     return sha256(b"\1" + left + right).digest()

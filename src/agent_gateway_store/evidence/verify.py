@@ -21,7 +21,7 @@ from agent_gateway_store.audit.selects import select_events, table
 from agent_gateway_store.errors import InvalidEvidenceError
 from agent_gateway_store.evidence.archived import read_archives
 from agent_gateway_store.evidence.notes import ParsedNote, VerifierKey, parse_note
-from agent_gateway_store.evidence.tree import EMPTY_ROOT, leaf_hash
+from agent_gateway_store.evidence.tree import EMPTY_ROOT
 from agent_gateway_store.evidence.walk import MOST_FINDINGS, Doors, LogWalk, Root, computed_hash
 from agent_gateway_store.models.evidence import (
     AuditCheckpoint,
@@ -32,6 +32,7 @@ from agent_gateway_store.models.evidence import (
     FindingKind,
     Verification,
     identity_table,
+    leaf_hash,
 )
 from agent_gateway_store.storage import append_only
 from agent_gateway_store.storage.append_only import LOG_TABLES

@@ -14,8 +14,8 @@ from agent_gateway_store.archive.manifest import Positions
 from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
 from agent_gateway_store.audit.doors import ERASE
 from agent_gateway_store.evidence.archived import Archived
-from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, GrowingTree, leaf_hash
-from agent_gateway_store.models.evidence import Finding, FindingKind
+from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDTH, GrowingTree
+from agent_gateway_store.models.evidence import Finding, FindingKind, leaf_hash
 
 MOST_FINDINGS = 1_000
 """Of one kind. Chosen: whoever altered more has altered everything."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
+from hashlib import sha256
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, Integer, LargeBinary, Table, Text, UniqueConstraint
 from sqlmodel import Field
@@ -25,6 +26,17 @@ identity_table = Table(
 )
 
 _GIVEN = {"autoincrement": False}
+
+
+def leaf_hash(salt: bytes, content_hash: bytes | str) -> bytes:
+    """Return the leaf of an event: SHA-256 over a zero byte, the salt, and `content_hash` as 32 bytes.
+
+    Args:
+        salt: Keeps a leaf from being guessed by whoever knows what an event may say.
+        content_hash: The event's, as 64 hex digits or as 32 bytes.
+    """
+    content = bytes.fromhex(content_hash) if isinstance(content_hash, str) else content_hash
+    return sha256(b"\0" + salt + content).digest()
 
 
 class AuditLeaf(StoreModel, table=True):
