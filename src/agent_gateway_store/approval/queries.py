@@ -21,6 +21,7 @@ from agent_gateway_store.models.values import ApprovalStatus, PendingApproval
 from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.filters import uuid_of
 from agent_gateway_store.storage.statements import Statement
 
 
@@ -57,8 +58,8 @@ class ApprovalRef(NamedTuple):
     def by_id(cls, approval_id: Any, org_id: str | None) -> ApprovalRef:
         """Name it by the handle that approvers see; ApprovalNotFoundError for what cannot be one."""
         try:
-            found = approval_id if isinstance(approval_id, UUID) else UUID(approval_id)
-        except (ValueError, AttributeError, TypeError):
+            found = uuid_of("approval_id", approval_id)
+        except (ValueError, TypeError):
             raise ApprovalNotFoundError from None
         return cls("id", {"p_approval_id": found, "p_org_id": org_id})
 

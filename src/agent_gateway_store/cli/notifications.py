@@ -45,7 +45,7 @@ def list_deliveries(
     ctx: typer.Context,
     status: Annotated[str | None, typer.Option(help="DUE, DELIVERED or DEAD; default: all.")] = None,
     notifier: NotifierOption = None,
-    approval: Annotated[str | None, typer.Option(help="Only those about this approval, by its id.")] = None,
+    approval: Annotated[UUID | None, typer.Option(help="Only those about this approval, by its id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
     json: JsonOption = False,
@@ -57,7 +57,7 @@ def list_deliveries(
 
     async def work(store: GatewayStore) -> Any:
         page = await store.notifications.list(
-            wanted, limit=limit, cursor=cursor, notifier=notifier, approval_id=_id(approval)
+            wanted, limit=limit, cursor=cursor, notifier=notifier, approval_id=approval
         )
         return page, await store.notifications.counts()
 
@@ -128,7 +128,7 @@ async def until_stopped(work: Coroutine[Any, Any, int]) -> int:
 def redrive(
     ctx: typer.Context,
     delivery_id: Annotated[
-        str | None, typer.Argument(metavar="[DELIVERY_ID]", help="As `notifications list` shows it; default: all.")
+        UUID | None, typer.Argument(metavar="[DELIVERY_ID]", help="As `notifications list` shows it; default: all.")
     ] = None,
     notifier: NotifierOption = None,
     json: JsonOption = False,
@@ -136,7 +136,7 @@ def redrive(
     """Send dead letters again: one, or all."""
 
     async def work(store: GatewayStore) -> tuple[int, set[str]]:
-        count = await store.notifications.redrive(_id(delivery_id), notifier=notifier)
+        count = await store.notifications.redrive(delivery_id, notifier=notifier)
         return count, {each["notifier"] for each in await store.notifications.counts()}
 
     count, known = in_store(ctx, work, settings=silent(ctx))
@@ -160,10 +160,3 @@ def prune(
     age = duration(older_than, "--older-than")
     count = in_store(ctx, lambda store: store.notifications.prune(age), settings=silent(ctx))
     print_result({"pruned": count}, f"{count} records of delivered notices are deleted.", as_json=json)
-
-
-def _id(text: str | None) -> str | None:
-    try:
-        return None if text is None else str(UUID(text))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not an id: an id has the form of a UUID.") from None

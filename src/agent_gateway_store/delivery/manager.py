@@ -17,7 +17,7 @@ from agent_gateway_store.results import Page
 from agent_gateway_store.storage.database import Database, changed
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
-from agent_gateway_store.storage.filters import require_between
+from agent_gateway_store.storage.filters import require_between, uuid_of
 from agent_gateway_store.storage.identity import restored_identity
 from agent_gateway_store.storage.pagination import decode_place, encode_place, invalid_cursor, listing_fingerprint
 from agent_gateway_store.storage.statements import Statement, literal_number
@@ -65,7 +65,7 @@ class NotificationManager:
         """
         require_between("limit", limit, 1, hint="for more deliveries, go on with next_cursor")
         wanted = None if status is None else DeliveryStatus(status)
-        about = None if approval_id is None else _uuid(approval_id)
+        about = None if approval_id is None else uuid_of("approval_id", approval_id)
         conditions = self._conditions(notifier=notifier, status=wanted, approval_id=about)
         scope = listing_fingerprint("notifications.list", self._org_id, [wanted, notifier, about])
         # Few rows are about one approval: read in the order of ids the whole table would be looked through for them.
@@ -126,7 +126,7 @@ class NotificationManager:
         Raises:
             ValueError: `delivery_id` is no UUID.
         """
-        named = None if delivery_id is None else _uuid(delivery_id)
+        named = None if delivery_id is None else uuid_of("delivery_id", delivery_id)
         statement = (
             update(deliveries)
             .where(
@@ -205,7 +205,3 @@ class NotificationManager:
 def _literal(status: DeliveryStatus) -> ColumnElement[Any]:
     # In the text, so that PostgreSQL knows how many rows it is about: a status is of few or of most.
     return literal_column(repr(str(status)))
-
-
-def _uuid(value: UUID | str) -> UUID:
-    return value if isinstance(value, UUID) else UUID(value)

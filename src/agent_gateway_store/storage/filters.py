@@ -159,12 +159,17 @@ def identifier(name: str, given: Any) -> str:
     return storable_key(_text(name, given))
 
 
-def uuid_digits(name: str, given: Any) -> str:
-    """Return the 32 hex digits of a UUID or of its text, as SQLite holds them; ValueError if it is none."""
+def uuid_of(name: str, given: Any) -> UUID:
+    """Return a UUID, given as one or as text; TypeError for anything else, ValueError for text that is none."""
     try:
-        return (given if isinstance(given, UUID) else UUID(_text(name, given))).hex
+        return given if isinstance(given, UUID) else UUID(_text(name, given))
     except ValueError:
         raise ValueError(f"{name} must be a UUID, not {code_text(given)}.") from None
+
+
+def uuid_digits(name: str, given: Any) -> str:
+    """Return the 32 hex digits of a UUID, as SQLite holds them; errors as of `uuid_of`."""
+    return uuid_of(name, given).hex
 
 
 def word(kind: type[StrEnum], name: str, given: Any) -> StrEnum:
