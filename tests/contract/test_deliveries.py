@@ -412,8 +412,10 @@ async def test_closing_does_not_wait_for_ever_and_loses_nothing(database_url: st
         assert await other.notifications.run(once=True) == 5
 
 
-async def test_the_worker_lives_through_an_outage(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the database is away it waits, and then goes on; how a try went is written when it can be."""
+async def test_the_worker_lives_through_an_outage(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the database is away it waits, says so once, and then goes on; how a try went is written when it can be."""
     monkeypatch.setattr(attempts, "_RETRY_S", 0.1)
     post = Post()
     settings = StoreSettings(notification_poll_seconds=0.05)
@@ -438,3 +440,4 @@ async def test_the_worker_lives_through_an_outage(database_url: str, monkeypatch
             await settled(other, 1)
 
     assert len(post.taken) == 1
+    assert [caplog.text.count(words) for words in ("Notices wait", "Notices are sent again")] == [1, 1]

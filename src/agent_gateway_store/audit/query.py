@@ -12,6 +12,7 @@ from typing import Unpack
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from agent_gateway_store._text import OutageLog
 from agent_gateway_store.audit.calls import orphans
 from agent_gateway_store.audit.changes import changes
 from agent_gateway_store.audit.filters import Filters, criteria
@@ -221,7 +222,7 @@ async def followed(
     if not poll_s > 0:
         raise ValueError(f"poll_s must be above zero, not {poll_s}.")
     loop = asyncio.get_running_loop()
-    answered, is_away = loop.time(), False
+    answered, log = loop.time(), OutageLog(_logger)
     while True:
         try:
             page, is_more = await changes_page(database, found, cursor, _FOLLOWED_ROWS)
@@ -229,12 +230,11 @@ async def followed(
             # Tables are missing, too, while a restore fills a database that it has made anew.
             if loop.time() - answered > patience_s:
                 raise
-            if not is_away:
-                _logger.warning("Following the audit log waits for the database: %s", exc)
-            is_away = True
+            log.away("Following the audit log waits for the database: %s", exc)
             await asyncio.sleep(min(max(poll_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S))
             continue
-        is_away, cursor = False, page.next_cursor or cursor
+        log.back("Following the audit log goes on.")
+        cursor = page.next_cursor or cursor
         for event in page:
             yield event
             database.check_owner()

@@ -21,7 +21,7 @@ from sqlalchemy.sql.selectable import TextualSelect
 from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store._concurrency import BatchQueue
-from agent_gateway_store._text import describe
+from agent_gateway_store._text import OutageLog, describe
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.models.base import repaired
@@ -310,6 +310,7 @@ class ResultRecorder:
         self._delivered: set[UUID] = set()
         self._fault: Exception | None = None
         self._failed = asyncio.Event()
+        self._log = OutageLog(_logger)
 
     @property
     def is_empty(self) -> bool:
@@ -355,13 +356,11 @@ class ResultRecorder:
         except StoreNotOpenError:
             return True  # it was closed meanwhile: these are sent again when their lease ends
         except Exception as exc:
-            if self._fault is None:
-                _logger.warning(
-                    "The results of %d attempts cannot be recorded yet: %s", len(self._queue), describe(exc)
-                )
+            self._log.away("The results of %d attempts cannot be recorded yet: %s", len(self._queue), describe(exc))
             self._fault = exc
             self._failed.set()
             return False
         self._fault = None
+        self._log.back("The results of attempts are recorded again.")
         self._on_recorded(results)
         return True

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BackgroundTasks
-from agent_gateway_store._text import describe
+from agent_gateway_store._text import OutageLog, describe
 from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, ResultRecorder, claim, claim_next, is_any_due
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.hooks.dispatch import Dispatcher
@@ -143,7 +143,8 @@ class DeliveryWorker:
         self._arrived: Counter[str] = Counter()
         self._loops, self._claims = BackgroundTasks(), BackgroundTasks()
         self._closing = asyncio.Event()
-        self._is_closed = self._is_faulty = False
+        self._log = OutageLog(_logger)
+        self._is_closed = False
 
     @property
     def is_idle(self) -> bool:
@@ -232,9 +233,9 @@ class DeliveryWorker:
         while not self._closing.is_set():
             try:
                 await self._send_due(queue, org_id)
-                self._note_fault(None)
+                self._log.back("Notices are sent again.")
             except Exception as exc:
-                self._note_fault(exc)
+                self._log.away("Notices wait: %s", describe(exc))
             await self._pause()
 
     async def _pause(self) -> None:
@@ -297,10 +298,4 @@ class DeliveryWorker:
         try:
             self._put(await claim_next(self._transactions, approvals, self.policy))
         except Exception as exc:
-            self._note_fault(exc)
-
-    def _note_fault(self, error: Exception | None) -> None:
-        """Log the first of a row of faults; the worker goes on after any."""
-        if error is not None and not self._is_faulty:
-            _logger.warning("Notices wait: %s", describe(error))
-        self._is_faulty = error is not None
+            self._log.away("Notices wait: %s", describe(exc))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,12 +23,11 @@ from redis.exceptions import (
 )
 
 from agent_gateway_store._concurrency import BatchQueue, keep_cancellation
-from agent_gateway_store._text import describe
+from agent_gateway_store._text import OutageLog, describe
 from agent_gateway_store.storage.cache import NO_CLUSTER, REDIS_FAULTS, RedisClient, milliseconds, require_redis
 
 T = TypeVar("T")
 
-_LOG_AGAIN_S = 60.0  # chosen: an outage of an hour is sixty lines
 _MAX_CONNECTIONS = 32  # one event loop keeps no more busy; further calls wait rather than open a thousand
 _SCAN_KEYS = 500  # chosen: Redis looks through them in a few milliseconds
 _LARGEST_BYTES = 2**23  # twice what the largest approval takes as JSON, where a character is 12 bytes at most
@@ -86,27 +84,6 @@ for i, key in ipairs(KEYS) do
 end
 return #KEYS
 """
-
-
-class OutageLog:
-    """Says that something is away at most once a minute, however often that is met, and once that it is back."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
-        self._said_at = -math.inf
-        self._is_said = False
-
-    def away(self, text: str, *args: object) -> None:
-        """Log a warning, unless there was one in the last minute."""
-        if (now := time.monotonic()) - self._said_at >= _LOG_AGAIN_S:
-            self._logger.warning(text, *args)
-            self._said_at, self._is_said = now, True
-
-    def back(self, text: str) -> None:
-        """Log that it is back, if the log still says otherwise."""
-        if self._is_said:
-            self._logger.warning(text)
-            self._is_said = False
 
 
 class CacheEntry(NamedTuple):
