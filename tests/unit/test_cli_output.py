@@ -9,11 +9,16 @@ from uuid import uuid4
 
 import pytest
 import typer
+from typer.main import get_command
 
 from agent_gateway_store import Page, TrustLevel, errors
+from agent_gateway_store.approval.filters import ApprovalFilters
+from agent_gateway_store.audit.filters import Filters
+from agent_gateway_store.cli import approvals, audit
 from agent_gateway_store.cli.context import choose, duration
 from agent_gateway_store.cli.errors import CommandError, ExitCode, explain
 from agent_gateway_store.cli.output import field_text, print_fields, print_page, say, to_json
+from agent_gateway_store.console.audit import FILTERS
 
 pytestmark = pytest.mark.unit
 
@@ -166,3 +171,15 @@ def test_a_choice_is_taken_in_any_case() -> None:
     assert choose(TrustLevel, "medium", "--trust-level") is TrustLevel.MEDIUM
     with pytest.raises(typer.BadParameter, match="UNTRUSTED, LOW, MEDIUM, HIGH, ADMIN"):
         choose(TrustLevel, "god", "--trust-level")
+
+
+def test_the_command_line_and_the_console_take_each_filter() -> None:
+    """Those that the methods of the store take."""
+    search, listing = (
+        {each.name for each in get_command(group).commands[name].params}  # type: ignore[attr-defined]
+        for group, name in ((audit.app, "search"), (approvals.app, "list"))
+    )
+
+    assert Filters.__annotations__.keys() <= search
+    assert Filters.__annotations__.keys() == set(FILTERS)
+    assert ApprovalFilters.__annotations__.keys() <= listing

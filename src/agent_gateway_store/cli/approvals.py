@@ -44,18 +44,18 @@ _COLUMNS = {
     "votes": "votes",
 }
 
-_OPTIONS: dict[str, tuple[Any, str, str]] = {
-    "status": (list[str] | None, "--status", "PENDING, APPROVED, DENIED, EXPIRED, CANCELLED or USED; default: all."),
-    "caller_id": (list[str] | None, "--caller", "Asked by this caller."),
-    "tool_name": (list[str] | None, "--tool", "Calls of this tool."),
-    "mcp_server": (list[str] | None, "--server", "Calls to this server."),
-    "org_id": (list[str] | None, "--org-id", "Of this organisation, in a store that sees several."),
-    "approver_id": (list[str] | None, "--approver", "Decided by this approver."),
-    "outcome": (list[str] | None, "--outcome", 'What came of the use, or "unknown".'),
-    "request_id": (list[str] | None, "--request-id", "For this request id."),
-    "since": (str | None, "--since", "Asked from this time on: 24h ago, or 2026-05-01T12:00Z."),
-    "until": (str | None, "--until", "Asked before this time."),
-    "text": (str | None, "--text", "Text in the tool, the risk explanation or the note."),
+_OPTIONS: dict[str, tuple[str, str]] = {
+    "status": ("--status", "PENDING, APPROVED, DENIED, EXPIRED, CANCELLED or USED; default: all."),
+    "caller_id": ("--caller", "Asked by this caller."),
+    "tool_name": ("--tool", "Calls of this tool."),
+    "mcp_server": ("--server", "Calls to this server."),
+    "org_id": ("--org-id", "Of this organisation, in a store that sees several."),
+    "approver_id": ("--approver", "Decided by this approver."),
+    "outcome": ("--outcome", 'What came of the use, or "unknown".'),
+    "request_id": ("--request-id", "For this request id."),
+    "since": ("--since", "Asked from this time on: 24h ago, or 2026-05-01T12:00Z."),
+    "until": ("--until", "Asked before this time."),
+    "text": ("--text", "Text in the tool, the risk explanation or the note."),
 }
 
 

@@ -53,42 +53,42 @@ _COLUMNS = {
 
 _INVALID = "INVALID"
 _MANY = "may be given several times"
-_OPTIONS: dict[str, tuple[Any, str, str]] = {
-    "caller_id": (list[str] | None, "--caller", f"Events of this caller ({_MANY}, as the next ones)."),
-    "decision": (list[str] | None, "--decision", "ALLOW, DENY, APPROVAL_REQUIRED or SANITIZE_AND_ALLOW."),
-    "tool_name": (list[str] | None, "--tool", "Calls of this tool."),
-    "mcp_server": (list[str] | None, "--server", "Calls to this server."),
-    "org_id": (list[str] | None, "--org-id", "Events of this organisation, in a store that sees several."),
-    "environment": (list[str] | None, "--environment", "prod, dev, ..."),
-    "session_id": (list[str] | None, "--session", "Events of this session."),
-    "trace_id": (list[str] | None, "--trace", "Events of this trace."),
-    "key_id": (list[str] | None, "--key", "Calls under this API key id."),
-    "approver_id": (list[str] | None, "--approver", "Calls that this approver decided."),
-    "approval_id": (list[str] | None, "--approval", "Calls that this approval released."),
-    "raw_args_hash": (list[str] | None, "--args-hash", "Calls with these arguments, by their raw_args_hash."),
-    "risk_label": (list[str] | None, "--label", "Events with this risk label."),
-    "execution_status": (
-        list[str] | None,
-        "--status",
-        "SUCCESS, TOOL_ERROR, TIMEOUT, CANCELLED or APPROVED_OUTPUT_RELEASE.",
-    ),
-    "min_risk_score": (float | None, "--min-risk-score", "This risk score or a higher one."),
-    "since": (str | None, "--since", "From this time on: 24h or 7d ago, or 2026-05-01T12:00Z."),
-    "until": (str | None, "--until", "Before this time."),
-    "text": (str | None, "--text", "Text in the tool name or the rationale, in upper or lower case."),
+_OPTIONS: dict[str, tuple[str, str]] = {
+    "caller_id": ("--caller", f"Events of this caller ({_MANY}, as the next ones)."),
+    "decision": ("--decision", "ALLOW, DENY, APPROVAL_REQUIRED or SANITIZE_AND_ALLOW."),
+    "tool_name": ("--tool", "Calls of this tool."),
+    "mcp_server": ("--server", "Calls to this server."),
+    "org_id": ("--org-id", "Events of this organisation, in a store that sees several."),
+    "environment": ("--environment", "prod, dev, ..."),
+    "session_id": ("--session", "Events of this session."),
+    "trace_id": ("--trace", "Events of this trace."),
+    "parent_request_id": ("--parent", "Calls that the call with this request id led to."),
+    "key_id": ("--key", "Calls under this API key id."),
+    "approver_id": ("--approver", "Calls that this approver decided."),
+    "approval_id": ("--approval", "Calls that this approval released."),
+    "raw_args_hash": ("--args-hash", "Calls with these arguments, by their raw_args_hash."),
+    "risk_label": ("--label", "Events with this risk label."),
+    "execution_status": ("--status", "SUCCESS, TOOL_ERROR, TIMEOUT, CANCELLED or APPROVED_OUTPUT_RELEASE."),
+    "output_decision": ("--output-decision", "ALLOW, REDACT, APPROVAL_REQUIRED or DENY."),
+    "min_risk_score": ("--min-risk-score", "This risk score or a higher one."),
+    "since": ("--since", "From this time on: 24h or 7d ago, or 2026-05-01T12:00Z."),
+    "until": ("--until", "Before this time."),
+    "text": ("--text", "Text in the tool name or the rationale, in upper or lower case."),
 }
-_CAPITALS = ("decision", "execution_status")
+_CAPITALS = ("decision", "execution_status", "output_decision")
+# The other filters take several values.
+_SINGLE: dict[str, Any] = {"min_risk_score": float | None, **dict.fromkeys(("since", "until", "text"), str | None)}
 # Seconds. `audit tail | head` ends this long after `head`, which a person takes for at once.
 _READER_CHECK_S = 0.5
 
 
 def filter_options(
-    known: dict[str, tuple[Any, str, str]], check: Callable[[dict[str, Any]], object], *, capitals: Sequence[str]
+    known: dict[str, tuple[str, str]], check: Callable[[dict[str, Any]], object], *, capitals: Sequence[str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return what gives a command an option for each filter; its argument `filters` receives those that were given.
 
     Args:
-        known: Filter to the type of its option, the option and its help.
+        known: Filter to its option and the help of that.
         check: Refuses wrong values before the store is opened, so that no database is needed to report them.
         capitals: Filters whose values are words in capitals.
     """
@@ -110,10 +110,11 @@ def filter_options(
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.name != "filters"]
         only = inspect.Parameter.KEYWORD_ONLY
-        options = [
-            inspect.Parameter(name, only, default=None, annotation=Annotated[kind, typer.Option(flag, help=text)])
-            for name, (kind, flag, text) in known.items()
-        ]
+        hints = {
+            name: Annotated[_SINGLE.get(name, list[str] | None), typer.Option(flag, help=text)]
+            for name, (flag, text) in known.items()
+        }
+        options = [inspect.Parameter(name, only, default=None, annotation=hint) for name, hint in hints.items()]
         with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*(each.replace(kind=only) for each in own), *options]
         )
