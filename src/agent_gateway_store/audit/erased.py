@@ -44,7 +44,7 @@ BLANK_APPROVAL: dict[str, Any] = {
 """Besides these go the arguments of the call, the outcome, and the notes of the votes."""
 
 IS_ERASED = (
-    "((content_hash IS NULL AND deterministic_rationale = '[ERASED]')"
+    f"((content_hash IS NULL AND deterministic_rationale = '{ERASED}')"
     " OR (mcp_server = 'gateway-store' AND tool_name = 'audit.erase' AND caller_role = 'operator'"
     " AND matched_policy_rule = '' AND decision = 'ALLOW' AND execution_status = 'SUCCESS'))"
 )
