@@ -6,18 +6,13 @@ Tables, cards, charts, messages, log lines and the terminal all write their text
 from __future__ import annotations
 
 import json
-import logging
-import math
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 # Chosen: a few lines of a terminal.
 MAX_ERROR = 500
-# Chosen: an outage of an hour is sixty lines.
-_LOG_AGAIN_S = 60.0
 # Chosen: a shorter value is in many messages by chance.
 _SHORTEST_SECRET = 4
 
@@ -252,24 +247,3 @@ def _host_only(url: re.Match[str]) -> str:
         return f"{scheme}***"
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     return f"{scheme}{host}" if rest in (host, f"{host}/") else f"{scheme}{host}/***"
-
-
-class OutageLog:
-    """Says that something is away at most once a minute, however often that is met, and once that it is back."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
-        self._said_at = -math.inf
-        self._is_said = False
-
-    def away(self, text: str, *args: object) -> None:
-        """Log a warning, unless there was one in the last minute."""
-        if (now := time.monotonic()) - self._said_at >= _LOG_AGAIN_S:
-            self._logger.warning(text, *args)
-            self._said_at, self._is_said = now, True
-
-    def back(self, text: str) -> None:
-        """Log that it is back, if the log still says otherwise."""
-        if self._is_said:
-            self._logger.warning(text)
-            self._is_said = False

@@ -15,7 +15,7 @@ import redis.exceptions
 from cache_helpers import put
 
 import servers
-from agent_gateway_store import _text
+from agent_gateway_store.storage import errors
 from agent_gateway_store.storage import redis_cache as redis_cache_module
 from agent_gateway_store.storage.cache import create_redis, delete, get_json, set_json
 from agent_gateway_store.storage.redis_cache import RedisCache
@@ -96,7 +96,7 @@ async def test_an_outage_costs_one_timeout_per_interval(
     """After a fault Redis is left alone for a while, then tried again, and used when it is back."""
     intervals = 0
     moved = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * intervals)
-    for module in (redis_cache_module, _text):
+    for module in (redis_cache_module, errors):
         monkeypatch.setattr(module, "time", moved)
     async with create_redis(pausable.url, timeout_s=0.5) as client:
         cache = RedisCache(client, timeout_s=0.5, pause_s=60)

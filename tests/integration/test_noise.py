@@ -14,7 +14,7 @@ import pytest
 from database_helpers import opened
 
 import servers
-from agent_gateway_store import _text
+from agent_gateway_store.storage import errors
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.cache import create_redis
 from agent_gateway_store.storage.database import Database, create_engine
@@ -86,7 +86,7 @@ async def test_a_dead_redis_is_one_line_a_minute_and_one_when_it_is_back(
     caplog.set_level(logging.INFO, "agent_gateway_store")
     minutes = 0
     moved = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * minutes)
-    monkeypatch.setattr(_text, "time", moved)
+    monkeypatch.setattr(errors, "time", moved)
     database = Database(create_engine("sqlite://"), owned=True)
     with servers.RedisServer() as server:
         async with create_redis(server.url) as client:

@@ -12,7 +12,6 @@ from typing import Unpack
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agent_gateway_store._text import OutageLog
 from agent_gateway_store.audit.calls import orphans
 from agent_gateway_store.audit.changes import changes
 from agent_gateway_store.audit.filters import Filters, criteria
@@ -23,7 +22,7 @@ from agent_gateway_store.models.audit import AuditEvent, Decision
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.results.page import METRICS
 from agent_gateway_store.storage.database import AnyConnection, Database, SessionTransactions
-from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.errors import OutageLog, retry_conflicts
 from agent_gateway_store.storage.filters import Criteria
 from agent_gateway_store.storage.grouping import grouping, stats_of
 from agent_gateway_store.storage.identity import restored_identity

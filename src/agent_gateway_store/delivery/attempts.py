@@ -21,7 +21,7 @@ from sqlalchemy.sql.selectable import TextualSelect
 from sqlalchemy.types import TypeEngine
 
 from agent_gateway_store._concurrency import BatchQueue
-from agent_gateway_store._text import OutageLog, describe
+from agent_gateway_store._text import describe
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.errors import StoreNotOpenError
 from agent_gateway_store.models.base import repaired
@@ -29,7 +29,7 @@ from agent_gateway_store.models.delivery import DeliveryStatus, NotificationDeli
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.storage.database import Transactions, dialect_of
 from agent_gateway_store.storage.db_clock import clock_sql
-from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.errors import OutageLog, retry_conflicts
 from agent_gateway_store.storage.statements import RowsParameter, Statement, typed_text
 
 # A statement with so many rows takes some 10 ms; in a longer one the first rows would wait for the last.

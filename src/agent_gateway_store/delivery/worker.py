@@ -13,7 +13,7 @@ from uuid import UUID
 
 from agent_gateway_store import telemetry
 from agent_gateway_store._concurrency import BackgroundTasks
-from agent_gateway_store._text import OutageLog, describe
+from agent_gateway_store._text import describe
 from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, ResultRecorder, claim, claim_next, is_any_due
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.hooks.dispatch import Dispatcher
@@ -21,6 +21,7 @@ from agent_gateway_store.models.delivery import DeliveryStatus, Leased
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.database import Transactions
+from agent_gateway_store.storage.errors import OutageLog
 
 # A notice takes some KB, so a queue holds a few MB of first attempts while its notifier hangs.
 _MOST_QUEUED = 1000

@@ -1,13 +1,16 @@
-"""The one place where errors of the drivers are translated into errors of this package."""
+"""The one place where errors of the drivers are translated into errors of this package, and outages are logged."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import random
 import re
 import sqlite3
 import ssl
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -383,3 +386,28 @@ def _tls_hint(error: ssl.SSLError) -> str:
     if "ALERT" in (error.reason or ""):
         return "the server refuses our certificate: check sslcert and sslkey in DATABASE_URL"
     return f"TLS failed ({error.reason or type(error).__name__}): check sslmode in DATABASE_URL and the server's TLS"
+
+
+# Chosen: an outage of an hour is sixty lines.
+_LOG_AGAIN_S = 60.0
+
+
+class OutageLog:
+    """Says that something is away at most once a minute, however often that is met, and once that it is back."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._said_at = -math.inf
+        self._is_said = False
+
+    def away(self, text: str, *args: object) -> None:
+        """Log a warning, unless there was one in the last minute."""
+        if (now := time.monotonic()) - self._said_at >= _LOG_AGAIN_S:
+            self._logger.warning(text, *args)
+            self._said_at, self._is_said = now, True
+
+    def back(self, text: str) -> None:
+        """Log that it is back, if the log still says otherwise."""
+        if self._is_said:
+            self._logger.warning(text)
+            self._is_said = False

@@ -17,12 +17,11 @@ import asyncpg
 from sqlalchemy import Text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from agent_gateway_store._text import OutageLog
 from agent_gateway_store.errors import TransactionConflictError
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.cache import REDIS_FAULTS
 from agent_gateway_store.storage.database import AnyConnection, Database
-from agent_gateway_store.storage.errors import driver_error
+from agent_gateway_store.storage.errors import OutageLog, driver_error
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.statements import text_statement
 

@@ -23,8 +23,9 @@ from redis.exceptions import (
 )
 
 from agent_gateway_store._concurrency import BatchQueue, keep_cancellation
-from agent_gateway_store._text import OutageLog, describe
+from agent_gateway_store._text import describe
 from agent_gateway_store.storage.cache import NO_CLUSTER, REDIS_FAULTS, RedisClient, milliseconds, require_redis
+from agent_gateway_store.storage.errors import OutageLog
 
 T = TypeVar("T")
 
