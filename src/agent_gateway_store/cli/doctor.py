@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from agent_gateway_store._text import code_text, word
+from agent_gateway_store._text import code_text, describe, word
 from agent_gateway_store.cli import plugins
-from agent_gateway_store.cli.context import options_of, run, settings_of, sqlite_file
-from agent_gateway_store.cli.db import engine_for, schema_state
-from agent_gateway_store.cli.doctor_database import (
-    bound,
-    check_modes,
-    check_server,
-    examined,
-    free_bytes,
-    retention_facts,
-    shown,
-)
+from agent_gateway_store.cli.context import options_of, run, settings_of
+from agent_gateway_store.cli.db import engine_for
 from agent_gateway_store.cli.errors import ExitCode, explain
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json
 from agent_gateway_store.clock import utc_now
@@ -33,31 +23,14 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from agent_gateway_store.settings import StoreSettings
+    from agent_gateway_store.storage.database import Database
 
 app = typer.Typer()
 
 # The largest page of `list_requests`: one read, and recent enough for what can still be found out.
 _MAX_USED = 1000
-# Chosen: long enough to order a disk.
-_DAYS_TO_ACT = 30
-# Chosen: a weekend.
-_DAYS_TOO_LATE = 3
 # Chosen: a worker that is restarted, or moved to another machine, is back sooner.
 _NOBODY_S = 3600.0
-# In the order of the numbers that `PRAGMA synchronous` returns (https://www.sqlite.org/pragma.html#pragma_synchronous).
-_SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
-
-_LOG = """
-SELECT (SELECT count(*) FROM audit_leaves) AS sealed, (SELECT max(size) FROM audit_checkpoints) AS last_checkpoint, (
-    SELECT count(*) FROM audit_events AS event
-    WHERE NOT EXISTS (SELECT 1 FROM audit_leaves AS leaf WHERE leaf.event_id = event.id)
-) AS unsealed
-"""
-# A superuser is a member of every role.
-_OWNS_TABLES = """
-SELECT bool_or(pg_has_role(relowner, 'MEMBER')) FROM pg_class
-WHERE oid IN (to_regclass('audit_events'), to_regclass('audit_leaves'), to_regclass('audit_checkpoints'))
-"""
 
 
 @dataclass
@@ -109,8 +82,7 @@ def doctor(ctx: typer.Context, json: JsonOption = False) -> None:
 
     Exit code 5: the database or Redis is down; 1: something else is wrong; 0: all is well, or there are warnings only.
     """
-    settings = settings_of(ctx)
-    report = run(_examine(ctx, settings))
+    report = run(_examine(settings_of(ctx), options_of(ctx).org))
     if json:
         print_json({**report.facts, "problems": report.problems, "warnings": report.warnings})
     else:
@@ -123,165 +95,31 @@ def doctor(ctx: typer.Context, json: JsonOption = False) -> None:
         raise typer.Exit(report.code)
 
 
-async def _examine(ctx: typer.Context, settings: StoreSettings) -> Report:
+async def _examine(settings: StoreSettings, org: str | None) -> Report:
     from importlib.metadata import version
 
-    from agent_gateway_store.storage.identity import read_identity
+    from agent_gateway_store.cli.doctor_database import bound, check_contents, check_database
 
-    report = Report()
-    report.facts["version"] = version("agent-gateway-store")
+    report = Report({"version": version("agent-gateway-store")})
     async with report.noting_errors():
-        await _check_database(report, settings.database_url)
+        await check_database(report, settings.database_url)
     await _check_redis(report, settings)
     _check_plugins(report, settings)
     _check_signing_key(report, settings)
     if report.facts.get("schema", {}).get("state") == "current":
         async with report.noting_errors(), engine_for(settings.database_url) as engine:
-            report.facts["database"]["identity"] = await read_identity(engine)
-            await check_server(report, engine, settings, options_of(ctx).org)
-            await _check_log(report, engine)
-            await _check_retention(report, engine, settings)
-            await _check_approvals(report, ctx, engine, settings)
-            await _check_notifications(report, ctx, engine, settings)
-            await _check_sinks(report, ctx, engine)
+            await check_contents(report, engine, settings, org)
+            await _check_approvals(report, engine, settings, org)
+            async with bound(engine) as database:
+                await _check_notifications(report, database, settings, org)
+                await _check_sinks(report, database, org)
     async with report.noting_errors():
         await _check_spool(report, settings)
     return report
 
 
-def _check_signing_key(report: Report, settings: StoreSettings) -> None:
-    from agent_gateway_store.evidence.notes import SigningKey
-
-    if (key := settings.audit_signing_key) is None:
-        return
-    try:
-        SigningKey.parse(key.get_secret_value())
-    except (GatewayStoreError, ValueError) as exc:
-        report.problem(f"AUDIT_SIGNING_KEY: {exc}")
-
-
-async def _check_database(report: Report, url: str) -> None:
-    """Connect to the database, read its schema and the settings that decide about durability."""
-    from agent_gateway_store.settings import mask_url
-    from agent_gateway_store.storage import migrate
-    from agent_gateway_store.storage.urls import real_sqlite_file
-
-    facts: dict[str, Any] = {"url": mask_url(url), "kind": None, "reachable": False}
-    report.facts["database"] = facts
-    async with engine_for(url) as engine:
-        facts["kind"] = engine.dialect.name
-        state = await schema_state(url)
-        if (file := sqlite_file(url)) is not None:
-            facts["file"] = str(file.absolute())
-            real = real_sqlite_file(engine.url) or file
-            check_modes(report, file, real.with_name(f"{real.name}.lock"))
-            if not file.exists():
-                report.facts["schema"] = state
-                report.warning("The database file does not exist: the first use creates it.")
-                if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
-                    text = f"{file.absolute().parent} cannot be written: choose another folder, or let this user write."
-                    report.problem(text, ExitCode.UNAVAILABLE)
-                return
-        await _read_facts(report, facts, engine)
-        facts["reachable"] = True
-        async with report.noting_errors():
-            await migrate.check_server(engine)
-        report.facts["schema"] = state
-        if state["state"] != "current":
-            report.problem(str(migrate.out_of_date(state["current"])))
-            return
-        state["differences"] = await migrate.differences(engine)
-        if state["differences"]:
-            report.problem("The schema differs from the models: see `gateway-store db check`.")
-
-
-async def _read_facts(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
-    if facts["kind"] == "sqlite":
-        facts["journal_mode"] = await _scalar(engine, "PRAGMA journal_mode")
-        facts["synchronous"] = _SYNCHRONOUS[await _scalar(engine, "PRAGMA synchronous")]
-        return
-    facts["server_version"] = await _scalar(engine, "SHOW server_version")
-    facts["encoding"] = await _scalar(engine, "SHOW server_encoding")
-    # What the role or the server says: our own connections set it to on.
-    facts["synchronous_commit"] = await _scalar(
-        engine, "SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'"
-    )
-    if facts["synchronous_commit"] == "off":
-        report.warning(
-            "synchronous_commit is off by default: through PgBouncer, or with an engine that is handed in, a crash of "
-            "the server may lose what it acknowledged; set it to on for the gateway's role."
-        )
-    if await _scalar(engine, "SHOW transaction_read_only") == "on":
-        from agent_gateway_store.storage.database import NO_WRITES
-
-        report.problem(f"{NO_WRITES} Until then events wait in the spool.", ExitCode.UNAVAILABLE)
-
-
-async def _check_log(report: Report, engine: AsyncEngine) -> None:
-    """Find triggers that do not protect the log, a role that could switch them off, and what is not sealed."""
-    from sqlalchemy import text
-
-    from agent_gateway_store.storage import append_only
-
-    async with examined(engine) as connection:
-        missing = await append_only.unprotected(connection)
-        others = await append_only.foreign_triggers(connection)
-        is_open = await append_only.is_door_open(connection)
-        off = await append_only.where_triggers_are_off(connection)
-        log = (await connection.execute(text(_LOG))).mappings().one()
-    report.facts["log"] = {**log, "triggers_missing": [*missing]}
-    for name, statement in missing.items():
-        report.problem(
-            f"The trigger {name} is missing, switched off or not as it was made, so that rows of the audit log can be "
-            f"changed: find out who did that, verify the log, and run `{statement}` as the owner of the tables."
-        )
-    for statement in off:
-        report.problem(
-            "session_replication_role is replica, so that no trigger refuses changes of the audit log: find out who "
-            f"did that, verify the log, and run `{statement}` as a superuser."
-        )
-    if is_open:
-        report.problem(
-            "The table audit_door has a row, so that rows of the audit log can be changed: find out who left it, "
-            "verify the log, and run `DELETE FROM audit_door` as the owner of the tables."
-        )
-    if others:
-        report.warning(
-            f"Triggers or rules on the tables of the audit log are not the store's ({', '.join(map(word, others))}): "
-            "they can change or drop what is written; find out whose they are."
-        )
-    if engine.dialect.name == "postgresql" and await _scalar(engine, _OWNS_TABLES):
-        report.warning(
-            "This role owns the tables it writes, so that it can switch off the triggers of the audit log: let another "
-            "role own them (see `A role that can only add to the audit log` in the documentation)."
-        )
-
-
-async def _check_retention(report: Report, engine: AsyncEngine, settings: StoreSettings) -> None:
-    """Say how the log grows, what is held, and how the last prune ended; warn before the disk is full."""
-    facts = report.facts["retention"] = await retention_facts(engine, sqlite_file(settings.database_url))
-    left = facts["days_until_full"]
-    if left is not None and left < _DAYS_TO_ACT:
-        advice = "run `gateway-store retention prune`, or give it more room."
-        said = f"The disk of the database is full in {left} days at this rate: {advice}"
-        if left < _DAYS_TOO_LATE:
-            report.problem(said)
-        else:
-            report.warning(said)
-    if facts["last_prune"] is not None and "failed" in facts["last_prune"]:
-        report.warning(f"The last prune failed ({facts['last_prune']}): run it again by hand and see why.")
-
-
-async def _scalar(engine: AsyncEngine, statement: str) -> Any:
-    from sqlalchemy import text
-
-    async with examined(engine) as connection:
-        return (await connection.execute(text(statement))).scalar()
-
-
 async def _check_redis(report: Report, settings: StoreSettings) -> None:
     """Have Redis do what the store asks of it, with a key of our own that is deleted again."""
-    from agent_gateway_store._text import describe
     from agent_gateway_store.settings import mask_url
     from agent_gateway_store.storage.cache import NO_CLUSTER, REDIS_FAULTS, create_redis
     from agent_gateway_store.storage.pubsub import CHANNEL
@@ -292,8 +130,7 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
         return
     facts = report.facts["redis"] = {"url": mask_url(settings.redis_url), "state": "down"}
     async with report.noting_errors():
-        client = create_redis(settings.redis_url, timeout_s=settings.redis_timeout_seconds)
-        try:
+        async with aclosing(create_redis(settings.redis_url, timeout_s=settings.redis_timeout_seconds)) as client:
             redis = RedisCache(client, timeout_s=settings.redis_timeout_seconds)
             await redis.drop_cluster()
             key = "approval:doctor"
@@ -310,8 +147,6 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
                         await listener.get_message(timeout=settings.redis_timeout_seconds)
                 except REDIS_FAULTS as exc:
                     refused = describe(exc)
-        finally:
-            await client.aclose()
         # The cache hides a Redis that fails, as the store wants it, so that the failure must be asked for.
         if redis.is_cluster:
             facts["state"] = "cluster"
@@ -326,9 +161,81 @@ async def _check_redis(report: Report, settings: StoreSettings) -> None:
             )
 
 
+def _check_plugins(report: Report, settings: StoreSettings) -> None:
+    records = plugins.plugin_records(settings)
+    report.facts["plugins"] = {record["name"]: record["state"] for record in records}
+    for record in records:
+        if record["state"] == "broken":
+            report.problem(f"Plugin {record['name']} is broken: {record['error']}.")
+
+
+def _check_signing_key(report: Report, settings: StoreSettings) -> None:
+    from agent_gateway_store.evidence.notes import SigningKey
+
+    try:
+        if settings.audit_signing_key is not None:
+            SigningKey.parse(settings.audit_signing_key.get_secret_value())
+    except (GatewayStoreError, ValueError) as exc:
+        report.problem(f"AUDIT_SIGNING_KEY: {exc}")
+
+
+async def _check_approvals(report: Report, engine: AsyncEngine, settings: StoreSettings, org: str | None) -> None:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from agent_gateway_store.approval import ApprovalManager
+
+    # Not through an open store, which would replay the spool: this command changes nothing.
+    async with AsyncSession(engine) as session:
+        used = await ApprovalManager(session, settings=settings, org_id=org).list_requests("USED", limit=_MAX_USED)
+    unknown = sum(request.outcome is None for request in used)
+    report.facts["approvals"] = {"used_without_outcome": unknown, "used_examined": len(used)}
+    if unknown:
+        report.warning(
+            f"{unknown} of the newest {len(used)} used approvals have no outcome: find out what became of their calls."
+        )
+
+
+async def _check_notifications(report: Report, database: Database, settings: StoreSettings, org: str | None) -> None:
+    from agent_gateway_store.delivery import NotificationManager, StoreOutbox
+    from agent_gateway_store.hooks.manager import Plugins
+
+    loaded = Plugins().notifiers(settings)
+    counts = await NotificationManager(database, StoreOutbox(database, settings), org_id=org).counts()
+    away = {row["notifier"]: row for row in counts if row["waiting"] and row["notifier"] not in loaded}
+    totals = {name: sum(row[name] for row in counts) for name in ("waiting", "due", "dead")}
+    report.facts["notifications"] = {**totals, "not_loaded_here": sorted(away)}
+    if totals["dead"]:
+        report.warning(f"{totals['dead']} notices were given up: see `gateway-store notifications list --status DEAD`.")
+    for name, row in sorted(away.items()):
+        waiting = row["waiting"]
+        # Where another process had it, those that are due would have been sent.
+        is_nowhere = row["due"] and (utc_now() - row["oldest"]).total_seconds() > _NOBODY_S
+        note = report.problem if is_nowhere else report.warning
+        note(f"{waiting} notices wait for the notifier {name}, which is not loaded here: run a worker that has it.")
+
+
+async def _check_sinks(report: Report, database: Database, org: str | None) -> None:
+    """Find sinks that do not take events, and events that they have refused."""
+    from agent_gateway_store.shipping import SinkManager
+
+    sinks = await SinkManager(database, org_id=org).list()
+    report.facts["sinks"] = {row["sink"]: {name: row[name] for name in ("lag_s", "dead", "due")} for row in sinks}
+    for row in sinks:
+        name, error = row["sink"], row["last_error"]
+        if row["dead"]:
+            report.warning(f"The sink {name} has refused {row['dead']} events: see `gateway-store sinks dead {name}`.")
+        if row["lag_s"] is None:
+            report.problem(f"The sink {name} cannot go on: {error}")
+        elif row["lag_s"] > _NOBODY_S:
+            why = f"it says {error!r}" if error else f"see whether `gateway-store audit ship {name}` runs"
+            hours = f"{row['lag_s'] / 3600:,.0f} hours"
+            report.problem(f"The oldest event that the sink {name} has not taken is {hours} old: {why}.")
+
+
 async def _check_spool(report: Report, settings: StoreSettings) -> None:
     """Find out whether events could be spooled, and for which databases some wait."""
     from agent_gateway_store.audit.spool import MAX_BYTES, Spool
+    from agent_gateway_store.cli.doctor_database import check_modes, free_bytes
     from agent_gateway_store.storage.urls import parse_database_url
 
     facts: dict[str, Any] = {"mode": settings.audit_mode, "spool_path": str(settings.audit_spool_path)}
@@ -357,7 +264,7 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
         )
     others = [each for each in targets if not spool.is_own(each)]
     facts |= {"spool_waiting": waiting, "spool_quarantined": quarantined}
-    facts["spool_other_targets"] = [each._asdict() | {"url": each.url and shown(each.url)} for each in others]
+    facts["spool_other_targets"] = [each._asdict() | {"url": each.url and _shown(each.url)} for each in others]
     if waiting:
         is_stuck = since is not None and (utc_now() - since).total_seconds() > _NOBODY_S
         note = report.problem if is_stuck else report.warning
@@ -368,7 +275,7 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
             "in the spool, or a newer version wrote them. The log of the gateways says at ERROR which it is."
         )
     for each in others:
-        place = f", last at {word(shown(each.url))}" if each.url else ""
+        place = f", last at {word(_shown(each.url))}" if each.url else ""
         report.warning(
             f"{each.waiting} events wait in the spool for another database ({word(each.target)}{place}), and "
             f"{each.quarantined} are quarantined: a store open on it brings them in; if this one replaces it, run "
@@ -376,70 +283,8 @@ async def _check_spool(report: Report, settings: StoreSettings) -> None:
         )
 
 
-def _check_plugins(report: Report, settings: StoreSettings) -> None:
-    records = plugins.plugin_records(settings)
-    report.facts["plugins"] = {record["name"]: record["state"] for record in records}
-    for record in records:
-        if record["state"] == "broken":
-            report.problem(f"Plugin {record['name']} is broken: {record['error']}.")
-
-
-async def _check_approvals(report: Report, ctx: typer.Context, engine: AsyncEngine, settings: StoreSettings) -> None:
-    from sqlalchemy.ext.asyncio import AsyncSession
-
-    from agent_gateway_store.approval import ApprovalManager
-
-    # Not through an open store, which would replay the spool: this command changes nothing.
-    async with AsyncSession(engine) as session:
-        approvals = ApprovalManager(session, settings=settings, org_id=options_of(ctx).org)
-        used = await approvals.list_requests("USED", limit=_MAX_USED)
-    unknown = sum(request.outcome is None for request in used)
-    report.facts["approvals"] = {"used_without_outcome": unknown, "used_examined": len(used)}
-    if unknown:
-        report.warning(
-            f"{unknown} of the newest {len(used)} used approvals have no outcome: find out what became of their calls."
-        )
-
-
-async def _check_notifications(
-    report: Report, ctx: typer.Context, engine: AsyncEngine, settings: StoreSettings
-) -> None:
-    from agent_gateway_store.delivery import NotificationManager, StoreOutbox
-    from agent_gateway_store.hooks.manager import Plugins
-
-    loaded = Plugins().notifiers(settings)
-    async with bound(engine) as database:
-        outbox = StoreOutbox(database, settings)
-        counts = await NotificationManager(database, outbox, org_id=options_of(ctx).org).counts()
-    away = {row["notifier"]: row for row in counts if row["waiting"] and row["notifier"] not in loaded}
-    totals = {name: sum(row[name] for row in counts) for name in ("waiting", "due", "dead")}
-    report.facts["notifications"] = {**totals, "not_loaded_here": sorted(away)}
-    if totals["dead"]:
-        report.warning(f"{totals['dead']} notices were given up: see `gateway-store notifications list --status DEAD`.")
-    for name, row in sorted(away.items()):
-        waiting = row["waiting"]
-        said = f"{waiting} notices wait for the notifier {name}, which is not loaded here: run a worker that has it."
-        if row["due"] and (utc_now() - row["oldest"]).total_seconds() > _NOBODY_S:
-            # Where another process had it, they would have been sent.
-            report.problem(said)
-        else:
-            report.warning(said)
-
-
-async def _check_sinks(report: Report, ctx: typer.Context, engine: AsyncEngine) -> None:
-    """Find sinks that do not take events, and events that they have refused."""
-    from agent_gateway_store.shipping import SinkManager
-
-    async with bound(engine) as database:
-        sinks = await SinkManager(database, org_id=options_of(ctx).org).list()
-    report.facts["sinks"] = {row["sink"]: {name: row[name] for name in ("lag_s", "dead", "due")} for row in sinks}
-    for row in sinks:
-        name, error = row["sink"], row["last_error"]
-        if row["dead"]:
-            report.warning(f"The sink {name} has refused {row['dead']} events: see `gateway-store sinks dead {name}`.")
-        if row["lag_s"] is None:
-            report.problem(f"The sink {name} cannot go on: {error}")
-        elif row["lag_s"] > _NOBODY_S:
-            why = f"it says {error!r}" if error else f"see whether `gateway-store audit ship {name}` runs"
-            hours = f"{row['lag_s'] / 3600:,.0f} hours"
-            report.problem(f"The oldest event that the sink {name} has not taken is {hours} old: {why}.")
+def _shown(url: str) -> str:
+    """Return the URL of a spooled row as people write it: where it has no port, a colon stands in it all the same."""
+    scheme, _, rest = url.partition("://")
+    server, _, name = rest.partition("/")
+    return f"{scheme}://{server.removesuffix(':')}/{name}"

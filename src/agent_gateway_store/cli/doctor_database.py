@@ -1,7 +1,8 @@
-"""What `doctor` says of a database that answers: whether it takes an event, its clock, ids, replica, size and modes."""
+"""What `doctor` says of the database: whether it can be used, and with the right schema what its tables hold."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,20 +11,47 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent_gateway_store._text import escape
+from sqlalchemy import func, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from agent_gateway_store._text import escape, word
+from agent_gateway_store.audit.doors import write_door
+from agent_gateway_store.audit.selects import table
+from agent_gateway_store.cli.context import sqlite_file
+from agent_gateway_store.cli.db import engine_for, schema_state
+from agent_gateway_store.cli.errors import ExitCode
 from agent_gateway_store.clock import utc_now
+from agent_gateway_store.evidence.sealer import may_not_write
+from agent_gateway_store.models.retention import AuditPrune
+from agent_gateway_store.models.tables import metadata
+from agent_gateway_store.retention.holds import is_held, read_holds
+from agent_gateway_store.settings import StoreSettings, mask_url
+from agent_gateway_store.storage import append_only, migrate
+from agent_gateway_store.storage.database import NO_WRITES, Database, create_engine
+from agent_gateway_store.storage.db_clock import db_now
+from agent_gateway_store.storage.errors import IDS_IN_USE, is_id_taken, is_outage, sqlstate_of, translate_errors
+from agent_gateway_store.storage.files import open_to_others
+from agent_gateway_store.storage.identity import IS_APART, read_identity
+from agent_gateway_store.storage.sequences import tables_behind
+from agent_gateway_store.storage.urls import real_sqlite_file
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
     from agent_gateway_store.cli.doctor import Report
-    from agent_gateway_store.settings import StoreSettings
-    from agent_gateway_store.storage.database import Database
 
+# Chosen: long enough to order a disk.
+_DAYS_TO_ACT = 30
+# Chosen: a weekend.
+_DAYS_TOO_LATE = 3
+# Chosen: a week evens out weekends.
+_GROWTH_DAYS = 7
 # Chosen: NTP keeps machines within milliseconds, and deadlines of approvals are minutes.
 _CLOCK_S = 5.0
 # Chosen: what a person still takes for the present. A replica that lags for longer does not catch up by itself.
 _LAG_S = 60.0
+# In the order of the numbers that `PRAGMA synchronous` returns (https://www.sqlite.org/pragma.html#pragma_synchronous).
+_SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+# What the role or the server says: our own connections set it to on.
+_SYNCHRONOUS_COMMIT = "SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'"
 # A table below a megabyte is read within milliseconds, whatever the plan is.
 _NEVER_ANALYSED = """
 SELECT relname FROM pg_class
@@ -42,9 +70,8 @@ WHERE relrowsecurity AND oid = ANY (ARRAY[to_regclass('audit_events'), to_regcla
 """
 # Acknowledged rows of such tables are gone after a crash of the server, and its standbys do not have them.
 _NOT_LOGGED = """
-SELECT relname::text FROM pg_class
+SELECT relname FROM pg_class
 WHERE relpersistence <> 'p' AND oid = ANY (SELECT to_regclass(name) FROM unnest(CAST(:names AS text[])) AS name)
-ORDER BY relname
 """
 _WRONG_TRANSACTION = """
 SELECT transaction_id IS DISTINCT FROM pg_current_xact_id()::text::bigint FROM audit_events WHERE id = :id
@@ -57,17 +84,29 @@ SELECT EXISTS (
         AND id > (SELECT coalesce(max(history_id), 0) FROM database_identity)
 )
 """
-# Chosen: a week evens out weekends.
-_GROWTH_DAYS = 7
+_LOG = """
+SELECT (SELECT count(*) FROM audit_leaves) AS sealed, (SELECT max(size) FROM audit_checkpoints) AS last_checkpoint, (
+    SELECT count(*) FROM audit_events AS event
+    WHERE NOT EXISTS (SELECT 1 FROM audit_leaves AS leaf WHERE leaf.event_id = event.id)
+) AS unsealed
+"""
+# A superuser is a member of every role.
+_OWNS_TABLES = """
+SELECT bool_or(pg_has_role(relowner, 'MEMBER')) FROM pg_class
+WHERE oid IN (to_regclass('audit_events'), to_regclass('audit_leaves'), to_regclass('audit_checkpoints'))
+"""
 _POSTGRES_BYTES = "SELECT pg_total_relation_size('audit_events') + pg_total_relation_size('audit_leaves')"
 _SQLITE_BYTES = "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()"
+# Of a server on this machine. Only roles of pg_read_all_settings see the folder.
+_POSTGRES_FOLDER = """
+SELECT setting FROM pg_settings WHERE name = 'data_directory'
+    AND (inet_server_addr() IS NULL OR inet_server_addr() = inet_client_addr())
+"""
 
 
 @asynccontextmanager
-async def examined(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+async def _examined(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """Give a connection to look at the database with; errors become ours."""
-    from agent_gateway_store.storage.errors import translate_errors
-
     with translate_errors("be examined"):
         async with engine.connect() as connection:
             yield connection
@@ -76,8 +115,6 @@ async def examined(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 @asynccontextmanager
 async def bound(engine: AsyncEngine, *, owned: bool = False) -> AsyncIterator[Database]:
     """Give the engine as a database of this process and event loop; one that is `owned` is disposed of."""
-    from agent_gateway_store.storage.database import Database
-
     database = Database(engine, owned=owned)
     database.bind_to_loop()
     try:
@@ -86,30 +123,86 @@ async def bound(engine: AsyncEngine, *, owned: bool = False) -> AsyncIterator[Da
         await database.close()
 
 
-async def check_server(report: Report, engine: AsyncEngine, settings: StoreSettings, org_id: str | None) -> None:
-    """Note what somebody must act on; changes nothing. Events are tried for `org_id`, or for `default`."""
+async def _scalar(connection: AsyncConnection, sql: str, **values: Any) -> Any:
+    return (await connection.execute(text(sql), values)).scalar()
+
+
+async def _names(connection: AsyncConnection, sql: str, **values: Any) -> list[str]:
+    return sorted((await connection.execute(text(sql), values)).scalars())
+
+
+async def check_database(report: Report, url: str) -> None:
+    """Connect to the database, read its schema and the settings that decide about durability."""
+    facts: dict[str, Any] = {"url": mask_url(url), "kind": None, "reachable": False}
+    report.facts["database"] = facts
+    async with engine_for(url) as engine:
+        facts["kind"] = engine.dialect.name
+        state = await schema_state(url)
+        if (file := sqlite_file(url)) is not None:
+            facts["file"] = str(file.absolute())
+            real = real_sqlite_file(engine.url) or file
+            check_modes(report, file, real.with_name(f"{real.name}.lock"))
+            if not file.exists():
+                report.facts["schema"] = state
+                report.warning("The database file does not exist: the first use creates it.")
+                if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+                    said = f"{file.absolute().parent} cannot be written: choose another folder, or let this user write."
+                    report.problem(said, ExitCode.UNAVAILABLE)
+                return
+        async with _examined(engine) as connection:
+            await _check_settings(report, facts, connection)
+        facts["reachable"] = True
+        async with report.noting_errors():
+            await migrate.check_server(engine)
+        report.facts["schema"] = state
+        if state["state"] != "current":
+            report.problem(str(migrate.out_of_date(state["current"])))
+            return
+        state["differences"] = await migrate.differences(engine)
+        if state["differences"]:
+            report.problem("The schema differs from the models: see `gateway-store db check`.")
+
+
+async def _check_settings(report: Report, facts: dict[str, Any], connection: AsyncConnection) -> None:
+    if facts["kind"] == "sqlite":
+        facts["journal_mode"] = await _scalar(connection, "PRAGMA journal_mode")
+        facts["synchronous"] = _SYNCHRONOUS[await _scalar(connection, "PRAGMA synchronous")]
+        return
+    facts["server_version"] = await _scalar(connection, "SHOW server_version")
+    facts["encoding"] = await _scalar(connection, "SHOW server_encoding")
+    facts["synchronous_commit"] = await _scalar(connection, _SYNCHRONOUS_COMMIT)
+    if facts["synchronous_commit"] == "off":
+        report.warning(
+            "synchronous_commit is off by default: through PgBouncer, or with an engine that is handed in, a crash of "
+            "the server may lose what it acknowledged; set it to on for the gateway's role."
+        )
+    if await _scalar(connection, "SHOW transaction_read_only") == "on":
+        report.problem(f"{NO_WRITES} Until then events wait in the spool.", ExitCode.UNAVAILABLE)
+
+
+async def check_contents(report: Report, engine: AsyncEngine, settings: StoreSettings, org: str | None) -> None:
+    """Note what somebody must act on; changes nothing. Events are tried for `org`, or for `default`."""
     facts = report.facts["database"]
-    checks: list[Callable[[Report, dict[str, Any], AsyncEngine], Awaitable[None]]]
-    checks = [_check_clock, _check_ids, partial(_check_insert, org_id=org_id or "default")]
-    if engine.dialect.name == "postgresql":
+    facts["identity"] = await read_identity(engine)
+    checks: list[Callable[..., Awaitable[None]]]
+    checks = [_check_clock, _check_ids, partial(_check_insert, org_id=org or "default")]
+    if facts["kind"] == "postgresql":
         checks += [_check_statistics, _check_policies, _check_persistence, _check_transactions]
     for check in checks:
-        async with report.noting_errors():
-            await check(report, facts, engine)
+        async with report.noting_errors(), _examined(engine) as connection:
+            await check(report, facts, connection)
     if settings.database_read_url:
         await _check_replica(report, engine, settings.database_read_url, facts["identity"])
+    async with _examined(engine) as connection:
+        await _check_log(report, connection)
+        await _check_retention(report, connection, sqlite_file(settings.database_url))
 
 
-async def _check_clock(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+async def _check_clock(report: Report, facts: dict[str, Any], connection: AsyncConnection) -> None:
     """Compare the clocks; half of what the answer took may be wrong."""
-    from sqlalchemy import select
-
-    from agent_gateway_store.storage.db_clock import db_now
-
-    async with examined(engine) as connection:
-        await connection.exec_driver_sql("SELECT 1")
-        before = utc_now()
-        there = (await connection.execute(select(db_now()))).scalar_one()
+    await connection.exec_driver_sql("SELECT 1")
+    before = utc_now()
+    there = (await connection.execute(select(db_now()))).scalar_one()
     took = utc_now() - before
     apart_s = facts["clock_difference_s"] = round((there - before - took / 2).total_seconds(), 3)
     if abs(apart_s) > _CLOCK_S:
@@ -119,68 +212,48 @@ async def _check_clock(report: Report, facts: dict[str, Any], engine: AsyncEngin
         )
 
 
-async def _check_ids(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
-    from agent_gateway_store.storage.errors import IDS_IN_USE
-    from agent_gateway_store.storage.sequences import tables_behind
-
-    async with examined(engine) as connection:
-        found = facts["ids_in_use"] = await tables_behind(connection)
+async def _check_ids(report: Report, facts: dict[str, Any], connection: AsyncConnection) -> None:
+    found = facts["ids_in_use"] = await tables_behind(connection)
     if found:
         report.problem(f"The database cannot number rows of {', '.join(found)}: {IDS_IN_USE}.")
 
 
-async def _check_insert(report: Report, facts: dict[str, Any], engine: AsyncEngine, *, org_id: str) -> None:
+async def _check_insert(report: Report, facts: dict[str, Any], connection: AsyncConnection, *, org_id: str) -> None:
     """Insert an event and roll it back: a trigger, a right or a constraint may refuse what the schema allows."""
-    from sqlalchemy import text
-
-    from agent_gateway_store.audit.doors import write_door
-    from agent_gateway_store.evidence.sealer import may_not_write
-    from agent_gateway_store.storage.errors import IDS_IN_USE, is_id_taken, is_outage, sqlstate_of
-
     facts["takes_events"] = False
-    async with examined(engine) as connection:
-        try:
-            why = "Rolled back."
-            row_id = await write_door(
-                connection, "doctor", {}, by="doctor", environment="doctor", why=why, org_id=org_id
+    try:
+        row_id = await write_door(
+            connection, "doctor", {}, by="doctor", environment="doctor", why="Rolled back.", org_id=org_id
+        )
+        facts["takes_events"] = True
+        if facts["kind"] == "postgresql" and await _scalar(connection, _WRONG_TRANSACTION, id=row_id):
+            report.problem(
+                "New audit events do not get the id of their transaction, so that `audit tail`, `follow` and sinks "
+                f"miss them: find out who changed that, and run `{_TRANSACTION_DEFAULT}` as the owner of the table."
             )
-            facts["takes_events"] = True
-            if connection.dialect.name == "postgresql":
-                is_wrong = (await connection.execute(text(_WRONG_TRANSACTION), {"id": row_id})).scalar()
-                if is_wrong:
-                    report.problem(
-                        "New audit events do not get the id of their transaction, so that `audit tail`, `follow` and "
-                        f"sinks miss them: find out who changed that, and run `{_TRANSACTION_DEFAULT}` as the owner of "
-                        "the table."
-                    )
-        except Exception as exc:
-            if may_not_write(exc) and is_outage(exc):
-                # A role of an auditor, or a server that reads only, of which more is said elsewhere.
-                report.warning("This role may not add audit events: run doctor as the gateway's role, too.")
-            elif is_id_taken(exc):
-                # Said already, unless this role may not look at the sequence.
-                if "audit_events" not in facts.get("ids_in_use", ()):
-                    report.problem(f"The database cannot number rows of audit_events: {IDS_IN_USE}.")
-            elif is_outage(exc) and sqlstate_of(exc) is None:
-                raise
-            else:
-                reason = escape(str(getattr(exc, "orig", None) or exc).splitlines()[0])
-                report.problem(
-                    f"The database refuses audit events ({reason}): find the trigger, constraint or policy on "
-                    "audit_events that does so, and drop it. Until then events go to the quarantine of the spool. "
-                    "If this role writes for one organisation only, run doctor with `--org`."
-                )
-        finally:
-            await connection.rollback()
+    except Exception as exc:
+        if may_not_write(exc) and is_outage(exc):
+            # A role of an auditor, or a server that reads only, of which more is said elsewhere.
+            report.warning("This role may not add audit events: run doctor as the gateway's role, too.")
+        elif is_id_taken(exc):
+            # Said already, unless this role may not look at the sequence.
+            if "audit_events" not in facts.get("ids_in_use", ()):
+                report.problem(f"The database cannot number rows of audit_events: {IDS_IN_USE}.")
+        elif is_outage(exc) and sqlstate_of(exc) is None:
+            raise
+        else:
+            reason = escape(str(getattr(exc, "orig", None) or exc).splitlines()[0])
+            report.problem(
+                f"The database refuses audit events ({reason}): find the trigger, constraint or policy on "
+                "audit_events that does so, and drop it. Until then events go to the quarantine of the spool. "
+                "If this role writes for one organisation only, run doctor with `--org`."
+            )
+    finally:
+        await connection.rollback()
 
 
-async def _names(engine: AsyncEngine, sql: str) -> list[str]:
-    async with examined(engine) as connection:
-        return sorted((await connection.exec_driver_sql(sql)).scalars())
-
-
-async def _check_statistics(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
-    found = facts["never_analysed"] = await _names(engine, _NEVER_ANALYSED)
+async def _check_statistics(report: Report, facts: dict[str, Any], connection: AsyncConnection) -> None:
+    found = facts["never_analysed"] = await _names(connection, _NEVER_ANALYSED)
     if found:
         report.problem(
             f"PostgreSQL has no statistics of {', '.join(found)}, as after a restore, and plans badly: run "
@@ -188,19 +261,27 @@ async def _check_statistics(report: Report, facts: dict[str, Any], engine: Async
         )
 
 
-async def _check_policies(report: Report, _facts: dict[str, Any], engine: AsyncEngine) -> None:
-    if found := await _names(engine, _WITH_POLICIES):
+async def _check_policies(report: Report, _facts: dict[str, Any], connection: AsyncConnection) -> None:
+    if found := await _names(connection, _WITH_POLICIES):
         report.warning(
             f"Row-level security of {', '.join(found)} shows a role what its policies let it see: run "
             "`evidence verify` as a role to which none applies."
         )
 
 
-async def _check_transactions(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
+async def _check_persistence(report: Report, facts: dict[str, Any], connection: AsyncConnection) -> None:
+    facts["unlogged_tables"] = await _names(connection, _NOT_LOGGED, names=[*metadata.tables])
+    for name in facts["unlogged_tables"]:
+        report.problem(
+            f"The table {name} is UNLOGGED: a crash of the server empties it, and standbys do not have it. Run `ALTER "
+            f"TABLE {name} SET LOGGED` as its owner."
+        )
+
+
+async def _check_transactions(report: Report, facts: dict[str, Any], connection: AsyncConnection) -> None:
     """Find events with transaction ids that this PostgreSQL server has not given out: those of a restored dump."""
-    async with examined(engine) as connection:
-        is_foreign = facts["foreign_transactions"] = (await connection.exec_driver_sql(_FOREIGN_TRANSACTIONS)).scalar()
-    if is_foreign:
+    facts["foreign_transactions"] = await _scalar(connection, _FOREIGN_TRANSACTIONS)
+    if facts["foreign_transactions"]:
         report.problem(
             "Audit events hold transaction ids of another server, as after restoring a dump, so that `audit tail`, "
             "`follow` and `changes` would miss events: run `gateway-store db restored --by NAME` once as the owner of "
@@ -208,26 +289,7 @@ async def _check_transactions(report: Report, facts: dict[str, Any], engine: Asy
         )
 
 
-async def _check_persistence(report: Report, facts: dict[str, Any], engine: AsyncEngine) -> None:
-    from sqlalchemy import text
-
-    from agent_gateway_store.models.tables import metadata
-
-    async with examined(engine) as connection:
-        found = (await connection.execute(text(_NOT_LOGGED), {"names": [*metadata.tables]})).scalars().all()
-    facts["unlogged_tables"] = [*found]
-    for name in found:
-        report.problem(
-            f"The table {name} is UNLOGGED: a crash of the server empties it, and standbys do not have it. Run `ALTER "
-            f"TABLE {name} SET LOGGED` as its owner."
-        )
-
-
 async def _check_replica(report: Report, engine: AsyncEngine, url: str, identity: str) -> None:
-    from agent_gateway_store.settings import mask_url
-    from agent_gateway_store.storage.database import Database, create_engine
-    from agent_gateway_store.storage.identity import IS_APART, read_identity
-
     facts = report.facts["replica"] = {"url": mask_url(url), "reachable": False}
     async with report.noting_errors():
         async with bound(create_engine(url, reads=True), owned=True) as database:
@@ -248,63 +310,92 @@ async def _check_replica(report: Report, engine: AsyncEngine, url: str, identity
             )
 
 
-async def retention_facts(engine: AsyncEngine, file: Path | None) -> dict[str, Any]:
-    """Return how much is there, how it grows, what is held, and how the last prune ended.
+async def _check_log(report: Report, connection: AsyncConnection) -> None:
+    """Find triggers that do not protect the log, a role that could switch them off, and what is not sealed."""
+    missing = await append_only.unprotected(connection)
+    others = await append_only.foreign_triggers(connection)
+    is_open = await append_only.is_door_open(connection)
+    off = await append_only.where_triggers_are_off(connection)
+    log = (await connection.execute(text(_LOG))).mappings().one()
+    report.facts["log"] = {**log, "triggers_missing": [*missing]}
+    for name, statement in missing.items():
+        report.problem(
+            f"The trigger {name} is missing, switched off or not as it was made, so that rows of the audit log can be "
+            f"changed: find out who did that, verify the log, and run `{statement}` as the owner of the tables."
+        )
+    for statement in off:
+        report.problem(
+            "session_replication_role is replica, so that no trigger refuses changes of the audit log: find out who "
+            f"did that, verify the log, and run `{statement}` as a superuser."
+        )
+    if is_open:
+        report.problem(
+            "The table audit_door has a row, so that rows of the audit log can be changed: find out who left it, "
+            "verify the log, and run `DELETE FROM audit_door` as the owner of the tables."
+        )
+    if others:
+        report.warning(
+            f"Triggers or rules on the tables of the audit log are not the store's ({', '.join(map(word, others))}): "
+            "they can change or drop what is written; find out whose they are."
+        )
+    if connection.dialect.name == "postgresql" and await _scalar(connection, _OWNS_TABLES):
+        report.warning(
+            "This role owns the tables it writes, so that it can switch off the triggers of the audit log: let another "
+            "role own them (see `A role that can only add to the audit log` in the documentation)."
+        )
+
+
+async def _check_retention(report: Report, connection: AsyncConnection, file: Path | None) -> None:
+    """Say how the log grows, what is held, and how the last prune ended; warn before the disk is full.
 
     Args:
         file: Of a SQLite database, whose disk can be seen from here.
     """
-    from sqlalchemy import func, select
-
-    from agent_gateway_store.audit.selects import table
-
+    is_postgres = connection.dialect.name == "postgresql"
     since = utc_now() - timedelta(days=_GROWTH_DAYS)
-    async with examined(engine) as connection:
-        counted = select(func.min(table.c.timestamp), func.count(), func.count().filter(table.c.timestamp >= since))
-        oldest, rows, recent = (await connection.execute(counted)).one()
-        sql = _POSTGRES_BYTES if engine.dialect.name == "postgresql" else _SQLITE_BYTES
-        size = int((await connection.exec_driver_sql(sql)).scalar() or 0)
-        free = await _free_bytes(connection, file)
-        holds, held = await _held(connection)
-        last = await _last_prune(connection)
+    totals = select(func.min(table.c.timestamp), func.count(), func.count().filter(table.c.timestamp >= since))
+    oldest, rows, recent = (await connection.execute(totals)).one()
+    size = int(await _scalar(connection, _POSTGRES_BYTES if is_postgres else _SQLITE_BYTES) or 0)
+    if is_postgres and (folder := await _scalar(connection, _POSTGRES_FOLDER)):
+        file = Path(folder)
+    free = None if file is None else free_bytes(file)
+    held = 0
+    if holds := await read_holds(connection):
+        counted = select(func.count()).select_from(table).where(is_held(connection.dialect.name, holds))
+        held = (await connection.execute(counted)).scalar_one()
     # A younger log has grown for as long as it is there; at least an hour, so that a first burst is no trend.
     start = max(oldest, since) if oldest else since
     days = max((utc_now() - start) / timedelta(days=1), 1 / 24)
     growth = round(size / rows * recent / days) if rows and recent else 0
-    return {
+    left = None if free is None or not growth else free // growth
+    last_prune = await _last_prune(connection)
+    report.facts["retention"] = {
         "oldest_event": oldest,
         "events": rows,
         "bytes": size,
         "bytes_per_day": growth,
         "disk_free_bytes": free,
-        "days_until_full": None if free is None or not growth else free // growth,
-        "holds": holds,
+        "days_until_full": left,
+        "holds": [hold.name for hold in holds],
         "held_events": held,
-        "last_prune": last,
+        "last_prune": last_prune,
     }
+    if left is not None and left < _DAYS_TO_ACT:
+        advice = "run `gateway-store retention prune`, or give it more room."
+        note = report.problem if left < _DAYS_TOO_LATE else report.warning
+        note(f"The disk of the database is full in {left} days at this rate: {advice}")
+    if last_prune is not None and "failed" in last_prune:
+        report.warning(f"The last prune failed ({last_prune}): run it again by hand and see why.")
 
 
-async def _free_bytes(connection: AsyncConnection, file: Path | None) -> int | None:
-    """Return the free bytes of the disk; None where a server's folder cannot be seen from here."""
-    if file is None:
-        if connection.dialect.name != "postgresql":
-            return None
-        folder = "SELECT setting FROM pg_settings WHERE name = 'data_directory'"
-        host = "SELECT inet_server_addr() IS NULL OR inet_server_addr() = inet_client_addr()"
-        if not (await connection.exec_driver_sql(host)).scalar():
-            return None
-        # Only roles of pg_read_all_settings see it.
-        file = Path((await connection.exec_driver_sql(folder)).scalar() or "")
-        if not file.name:
-            return None
-    return free_bytes(file)
-
-
-def shown(url: str) -> str:
-    """Return the URL of a spooled row as people write it: where it has no port, a colon stands in it all the same."""
-    scheme, _, rest = url.partition("://")
-    server, _, name = rest.partition("/")
-    return f"{scheme}://{server.removesuffix(':')}/{name}"
+async def _last_prune(connection: AsyncConnection) -> str | None:
+    prunes = AuditPrune.__table__
+    found = (await connection.execute(select(prunes).order_by(prunes.c.id.desc()).limit(1))).mappings().first()
+    if found is None:
+        return None
+    when = (found["ended_at"] or found["started_at"]).isoformat(timespec="seconds")
+    result = found["result"] or "not ended: it is at work, or was killed"
+    return f"{when}, by {found['pruned_by']}, {found['events']:,} events: {result}"
 
 
 def free_bytes(path: Path) -> int | None:
@@ -315,36 +406,8 @@ def free_bytes(path: Path) -> int | None:
         return None
 
 
-async def _held(connection: AsyncConnection) -> tuple[list[str], int]:
-    from sqlalchemy import func, select
-
-    from agent_gateway_store.audit.selects import table
-    from agent_gateway_store.retention.holds import is_held, read_holds
-
-    if not (holds := await read_holds(connection)):
-        return [], 0
-    counted = select(func.count()).select_from(table).where(is_held(connection.dialect.name, holds))
-    return [hold.name for hold in holds], (await connection.execute(counted)).scalar_one()
-
-
-async def _last_prune(connection: AsyncConnection) -> str | None:
-    from sqlalchemy import select
-
-    from agent_gateway_store.models.retention import AuditPrune
-
-    prunes = AuditPrune.__table__
-    found = (await connection.execute(select(prunes).order_by(prunes.c.id.desc()).limit(1))).mappings().first()
-    if found is None:
-        return None
-    when = (found["ended_at"] or found["started_at"]).isoformat(timespec="seconds")
-    result = found["result"] or "not ended: it is at work, or was killed"
-    return f"{when}, by {found['pruned_by']}, {found['events']:,} events: {result}"
-
-
 def check_modes(report: Report, *paths: Path) -> None:
     """Warn of files and folders that other users of the machine can open."""
-    from agent_gateway_store.storage.files import open_to_others
-
     for path in paths:
         if mode := open_to_others(path):
             wanted = "700" if path.is_dir() else "600"
