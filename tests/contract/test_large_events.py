@@ -41,10 +41,11 @@ class Threads:
         self.gate.set()
         to_thread: Any = asyncio.to_thread
 
-        async def noted(work: Any, event: AuditEvent, **options: Any) -> Any:
-            self.events.append(event)
-            await self.gate.wait()
-            return await to_thread(work, event, **options)
+        async def noted(work: Any, *args: Any, **options: Any) -> Any:
+            if work is encode_event:
+                self.events += args
+                await self.gate.wait()
+            return await to_thread(work, *args, **options)
 
         monkeypatch.setattr(writes_module.asyncio, "to_thread", noted)
 
