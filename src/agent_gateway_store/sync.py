@@ -55,11 +55,13 @@ class Portal:
     Attributes:
         lifecycle: Held while the store is opened or closed.
         starts: How many times it was started.
+        due: Recorded calls whose event is still to be written.
     """
 
     def __init__(self) -> None:
         self.lifecycle = threading.RLock()
         self.starts = 0
+        self.due: set[RecordedCall] = set()
         self._lock = threading.Lock()
         self._pid = 0
         self._thread: threading.Thread | None = None
@@ -136,7 +138,7 @@ class Portal:
                 future.set_result(task.result()) if error is None else future.set_exception(error)
 
         task.add_done_callback(end)
-        future.add_done_callback(lambda _: future.cancelled() and loop.call_soon_threadsafe(task.cancel))
+        future.add_done_callback(lambda done: done.cancelled() and loop.call_soon_threadsafe(task.cancel))
 
     async def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         task = asyncio.current_task()
@@ -185,6 +187,8 @@ class _BlockingCall:
     def __enter__(self) -> Any:
         self._recorded.handled = sys.exc_info()[1]
         event = self._portal.call(self._recorded.__aenter__)
+        # Else the collector could take the event before `__del__` writes it.
+        self._portal.due.add(self._recorded)
         self._is_due = True
         return event
 
@@ -219,6 +223,7 @@ class _BlockingCall:
         # It may be handed over twice.
         if self._is_due:
             self._is_due = False
+            self._portal.due.discard(self._recorded)
             await self._recorded.__aexit__(*raised)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from pydantic_core import to_jsonable_python
-from sqlalchemy import ColumnElement, Table, and_, delete, exists, false, func, or_, select
+from sqlalchemy import BigInteger, ColumnElement, Table, and_, delete, exists, false, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store.archive.files import read_approvals, write_approvals
@@ -28,11 +28,14 @@ from agent_gateway_store.storage.database import Database
 from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.exclusive import StillHeld
-from agent_gateway_store.storage.statements import Statement
+from agent_gateway_store.storage.statements import Statement, is_one_of
 
 _approvals = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
 _notices = NotificationDelivery.__table__
+_REMOVE_NOTICES = Statement(
+    lambda dialect: delete(_notices).where(is_one_of(dialect, _notices.c.id, "p_ids", BigInteger()))
+)
 
 # Chosen: with output that waits for its release a few megabytes, and some 50 ms in which SQLite's writers wait.
 _BATCH_ROWS = 500
@@ -121,7 +124,8 @@ class ApprovalPruner:
             # In the order in which a gateway locks them.
             await connection.execute(delete(_approvals).where(_approvals.c.approval_id.in_(ids)))
             await connection.execute(delete(_votes).where(_votes.c.approval_id.in_(ids)))
-            await connection.execute(delete(_notices).where(_notices.c.id.in_(notices)))
+            remove = _REMOVE_NOTICES.compiled(connection.dialect).statement
+            await connection.execute(remove, {"p_ids": notices})
             facts = {
                 "approvals": len(ids),
                 "notices": len(notices),
