@@ -72,10 +72,13 @@ async def cancelled(store: GatewayStore, token: str, rng: random.Random) -> None
         lambda: store.approvals.list_requests("PENDING"),
     )
     task = asyncio.ensure_future(rng.choice(reads)())
-    await asyncio.sleep(rng.choice((0, 0.001, 0.005, 0.02)))
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
+    try:
+        await asyncio.sleep(rng.choice((0, 0.001, 0.005, 0.02)))
+    finally:
+        # Also at the end of the run, so that no read outlives the store.
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
