@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypedDict
 
 from sqlalchemy import ARRAY, JSON, BigInteger, Text, literal_column
@@ -121,11 +121,15 @@ def waits(found: Criteria) -> bool:
 
 def words_of(dialect: str) -> dict[str, str]:
     """Return `fragments` and the pieces of the conditions, by the names under which they stand in braces."""
-    words = fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME}
-    places = (words["tool"], "risk_explanation", "approver_note")
+    return fragments(dialect) | _DIALECTS[dialect] | {"outcome_known": _OUTCOME, "has_text": _has_text(dialect)}
+
+
+@cache
+def _has_text(dialect: str) -> str:
+    places = (_DIALECTS[dialect]["tool"], "risk_explanation", "approver_note")
     columns = [literal_column(f"({place})", Text) for place in places]
     has_text = contains(dialect, columns, literal_column(":p_text", Text))
-    return words | {"has_text": str(has_text.compile(dialect=registry.load(dialect)()))}
+    return str(has_text.compile(dialect=registry.load(dialect)()))
 
 
 def conditions(dialect: str, shape: Shape) -> str:

@@ -294,7 +294,8 @@ def to_values(row: EncodedRow) -> dict[str, Any]:
 def from_values(values: Mapping[str, Any]) -> EncodedRow:
     """Return the row of values that were spooled before; a field that the version then did not know has its default.
 
-    What is no event, or does not fit its hash, raises any error: it was altered, or has fields of a newer version.
+    Raises any error for values that are not an event or do not fit their hash: they were altered, or a newer version
+    wrote them.
     """
     encoded = {name: values[name] for name in COLUMNS}
     for name, value in encoded.items():

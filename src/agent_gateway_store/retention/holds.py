@@ -54,9 +54,8 @@ def as_stored(filters: Mapping[str, Any], now: datetime) -> dict[str, Any]:
     stored: dict[str, Any] = {}
     for name, given in filters.items():
         if given is not None:
-            value = checked[f"p_{name}"]
             # A text is turned into a pattern each time.
-            value = searched_text(name, given) if name == "text" else value
+            value = searched_text(name, given) if name == "text" else checked[f"p_{name}"]
             stored[name] = value.isoformat() if isinstance(value, datetime) else value
     return stored
 

@@ -285,7 +285,7 @@ class Database:
         return None if age is None else float(age)
 
     async def is_replica_apart(self) -> bool:
-        """Return True if DATABASE_READ_URL leads to no standby, and not to this server, which writes.
+        """Return True if DATABASE_READ_URL leads to another server than this one that is not a standby either.
 
         Raises:
             StoreUnavailableError: One of the two does not answer.
