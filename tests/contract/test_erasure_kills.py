@@ -13,6 +13,8 @@ from erasing_process import APPROVALS, LATER, archived_approvals
 
 from agent_gateway_store import GatewayStore, clock
 
+pytestmark = pytest.mark.system
+
 # Every 23rd step, as each takes a second or two; `-m slow` takes every one.
 STRIDES = [23, pytest.param(1, marks=pytest.mark.slow)]
 

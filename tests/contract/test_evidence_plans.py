@@ -15,7 +15,7 @@ from agent_gateway_store.evidence.tree import TILE_WIDTH
 from builders import make_event
 from servers import connected, run
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.system
 
 # Large enough for an index to be worth it.
 _EVENTS = 10_000

@@ -15,7 +15,7 @@ from agent_gateway_store import GatewayStore
 from builders import make_event
 from servers import connected, run
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.system
 
 # Open approvals of many callers.
 _WAITING = [

@@ -33,7 +33,7 @@ from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from builders import CALL, CALLER, make_event, make_request
 from servers import connected, run
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.system
 
 _TABLES = ("audit_events", "approval_requests", "approval_votes", "notification_deliveries")
 _OLD = "ordinary-call"

@@ -18,6 +18,8 @@ from agent_gateway_store.errors import EventsPrunedError
 from agent_gateway_store.retention import prune
 from builders import make_event
 
+pytestmark = pytest.mark.system
+
 STEP = timedelta(hours=3)
 HELD = "s-held"
 

@@ -13,7 +13,7 @@ from shipping_process import BATCH, EVENTS
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.plugins.file_sink import FileSink
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 
 async def require_shipped(store: GatewayStore, file: Path) -> int:

@@ -28,6 +28,8 @@ from builders import make_event
 from proofs.hostile import Hostile
 from tampering import put_back, sealed_rows, triggers_off
 
+pytestmark = pytest.mark.system
+
 SIZE = 300
 EVENTS, LEAVES, TILES, CHECKPOINTS = (
     metadata.tables[f"audit_{name}"] for name in ("events", "leaves", "tiles", "checkpoints")

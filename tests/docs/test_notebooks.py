@@ -15,7 +15,7 @@ import pytest
 from jupyter import write_notebook
 from pages import DOCS, PAGES, blocks
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.system]
 
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 EVENTS = 5_000

@@ -32,7 +32,7 @@ from builders import make_event, make_request
 from forks import forks
 from pages import BLOCK, PAGES, blocks, python_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.system]
 
 # The cells of a notebook: `test_notebooks.py` runs them.
 NOTEBOOKS = [f"how-to/{name}.md" for name in ("inbox", "jupyter", "plots")]

@@ -14,6 +14,8 @@ from generate_hooks_page import PAGE, generate
 from pages import BLOCK, DOCS
 from wheels import ROOT, dependencies, offline, run
 
+pytestmark = pytest.mark.system
+
 HOW_TO = DOCS / "how-to" / "write-a-notifier.md"
 CLONE = "git clone https://github.com/agent-gateway-store/agent-gateway-store\n"
 VENV = "python3 -m venv .venv\n"

@@ -12,7 +12,7 @@ from commands import event_line
 from forks import forks
 from pages import PAGES, blocks
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.system]
 
 
 def test_every_command_of_the_runbook_runs(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, ToolCall
 from proofs.harness import child, migrated
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 WORKERS = 4
 SIZES = [(3, 10), pytest.param(100, 50, marks=pytest.mark.slow)]

@@ -32,7 +32,7 @@ from commands import python_path
 from forks import forks
 from proofs.harness import run_machine
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 CALLS = [ToolCall(server="files", tool="delete_file", arguments={"path": path}) for path in ("/tmp/a", "/tmp/b")]
 SHOWN = [{"path": "[hidden]"}, {"path": "[hidden]", "size": 1}]

@@ -26,7 +26,7 @@ from agent_gateway_store.store import parts_of
 from proofs.harness import run_machine
 from servers import RedisServer
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/tmp/report.txt"})
 OTHER_CALL = ToolCall(server="files", tool="delete_file", arguments={"path": "/etc/passwd"})

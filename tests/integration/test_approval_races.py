@@ -21,7 +21,7 @@ from agent_gateway_store.storage.database import create_engine
 from builders import CALL, make_request
 from proofs.harness import child
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 WORKERS = 4
 SIZES = [(5, 100), pytest.param(100, 1_000, marks=pytest.mark.slow)]

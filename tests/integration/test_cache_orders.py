@@ -17,7 +17,7 @@ from agent_gateway_store.approval import ApprovalBackend
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from builders import CALL, make_request
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 BOUND_S = 0.5
 """APPROVAL_CACHE_SECONDS of these tests."""

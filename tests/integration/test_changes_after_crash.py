@@ -21,6 +21,8 @@ from builders import make_event
 from proofs.harness import execute, migrated
 from servers import PostgresServer
 
+pytestmark = pytest.mark.system
+
 BURNED = 40
 """More transactions than any test writes after a crash."""
 

@@ -17,6 +17,8 @@ from agent_gateway_store import AuditEvent, SyncGatewayStore
 from commands import gateway_store, run_process
 from forks import forks
 
+pytestmark = pytest.mark.system
+
 
 def test_the_demo_runs_in_an_empty_folder_and_shows_its_audit_log(tmp_path: Path) -> None:
     """In 80 columns, with the real cost of the key hash."""

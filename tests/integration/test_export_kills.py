@@ -14,7 +14,7 @@ from pyarrow import dataset, parquet
 from agent_gateway_store import SyncGatewayStore
 from builders import make_event
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 BEFORE, EVENTS = 250, 300
 WAYS = {

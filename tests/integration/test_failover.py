@@ -20,6 +20,8 @@ from builders import make_event
 from proofs.harness import Load, Verdict, eventually, execute, migrated, spool_is_empty
 from servers import PostgresServer
 
+pytestmark = pytest.mark.system
+
 SETTINGS = "SELECT pg_reload_conf()"
 
 

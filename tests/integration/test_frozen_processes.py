@@ -26,6 +26,8 @@ from agent_gateway_store.testing import wait_until
 from builders import make_event, make_request
 from forks import forks
 
+pytestmark = pytest.mark.system
+
 PROCESS = Path(__file__).parent / "frozen_process.py"
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 END_HOLDER = """

@@ -29,6 +29,8 @@ from proofs.harness import (
 from proofs.hostile import Hostile
 from tampering import tamper
 
+pytestmark = pytest.mark.system
+
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 
 

@@ -14,6 +14,8 @@ from commands import python_path
 from forks import forks
 from integration.agent_process import FRAMEWORKS, PATHS
 
+pytestmark = pytest.mark.system
+
 TESTS = Path(__file__).parents[1]
 LOADED = {
     "pydantic_ai": ["pydantic_ai.models.function", "agent_gateway_store.integrations.pydantic_ai"],

@@ -13,7 +13,7 @@ import pytest
 from agent_gateway_store import GatewayStore
 from builders import make_event, make_request
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 # More turns of the event loop than any of these calls takes before its last answer.
 MOST_TURNS = 400

@@ -37,6 +37,8 @@ from proofs.harness import (
 )
 from servers import PostgresServer
 
+pytestmark = pytest.mark.system
+
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 LONGEST_CALL_S = 10.0
 BACK_WITHIN_S = 10.0

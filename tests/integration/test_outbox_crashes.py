@@ -24,6 +24,8 @@ from integration.outbox_process import File
 from proofs.harness import migrated
 from servers import PostgresServer
 
+pytestmark = pytest.mark.system
+
 PROGRAM = Path(__file__).with_name("outbox_process.py")
 
 

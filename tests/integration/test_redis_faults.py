@@ -19,7 +19,7 @@ from agent_gateway_store.store import parts_of
 from builders import CALL, make_request
 from servers import RedisServer
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 BOUND_S = 0.3
 """APPROVAL_CACHE_SECONDS of these tests."""

@@ -22,6 +22,8 @@ from commands import gateway_store
 from proofs.harness import eventually
 from servers import RedisServer, SentinelServer
 
+pytestmark = pytest.mark.system
+
 
 async def put(cache: RedisCache, version: int) -> bool:
     return await cache.put_newer([CacheEntry("key", f'{{"version": {version}}}', version, 60)])

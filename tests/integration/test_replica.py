@@ -27,6 +27,8 @@ from commands import gateway_store
 from proofs.harness import eventually, execute, migrated
 from servers import PostgresServer
 
+pytestmark = pytest.mark.system
+
 FREEZE, GO_ON = "SELECT pg_wal_replay_pause()", "SELECT pg_wal_replay_resume()"
 
 

@@ -21,6 +21,8 @@ import servers
 from proofs.harness import execute
 from servers import PostgresServer, RedisServer
 
+pytestmark = pytest.mark.system
+
 CHILD = """
 import json, os, sys
 from servers import PostgresServer, RedisServer, state_of

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parent.parent.parent
 # Measured: Python's own memory still grows by so much while its pools fill.
 MOST_GROWTH_MB = 8.0

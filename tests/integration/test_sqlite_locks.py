@@ -15,6 +15,8 @@ import pytest
 from agent_gateway_store import GatewayStore, StoreSettings, errors
 from builders import make_event, make_request
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(autouse=True)
 def _no_collection() -> Iterator[None]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
 import servers
 from agent_gateway_store import GatewayStore
 from builders import make_request
+
+pytestmark = pytest.mark.system
 
 
 async def test_a_wait_ends_though_the_database_hangs() -> None:

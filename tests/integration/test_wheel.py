@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "src", "migrations")
 

@@ -17,7 +17,7 @@ from agent_gateway_store.storage import database, migrate, online
 from agent_gateway_store.storage.database import create_engine
 from servers import connected
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.system]
 
 INDEX = "ix_audit_events_transaction_id"
 FILL = """

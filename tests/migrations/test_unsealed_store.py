@@ -15,7 +15,7 @@ from agent_gateway_store.storage import migrate
 from agent_gateway_store.storage.database import create_engine
 from builders import make_event
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.system]
 WRITERS = 64
 _CHUNK = 10_000
 

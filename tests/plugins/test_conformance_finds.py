@@ -11,7 +11,7 @@ import pytest
 
 from agent_gateway_store.testing import NotifierConformance
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.system]
 
 BAD = """
     import asyncio

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.system]
 
 
 def run_pytest(folder: Path, tests: str, *options: str, ini: str = "", **more: str) -> str:

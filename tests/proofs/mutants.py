@@ -35,7 +35,7 @@ _FAILED = 1  # what pytest returns where a test has failed; more: the tests coul
 _LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site")
 # The options of `pyproject.toml` are left out, as they may spread the tests over processes.
 _PYTEST = (
-    *("-m", "pytest", "-q", "--no-header", "--tb=no", "-rfE", "-o", "addopts=", "-m", "not slow and not system"),
+    *("-m", "pytest", "-q", "--no-header", "--tb=no", "-rfE", "-o", "addopts=", "-m", "not slow"),
     *("-p", "no:cacheprovider", "-p", "no:valkey", "-p", "no:xdist"),
 )
 _ENTRY = re.compile(
