@@ -124,6 +124,7 @@ async def test_what_is_changed_with_the_manifest_is_found(store: GatewayStore, a
         assert {each.kind for each in verified.findings} <= {FindingKind.ALTERED, FindingKind.MISSING}
 
 
+@pytest.mark.system
 @cases("name", ["more columns", "boolean", "other version", "loop", "long name", "checkpoint 5"])
 async def test_it_ends_a_command_that_reads_it_in_one_sentence(store: GatewayStore, archive: Path, name: str) -> None:
     """Nothing is pruned, and nothing is erased."""

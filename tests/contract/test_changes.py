@@ -257,6 +257,7 @@ async def follow_writers(
     return committed, seen[:-1]
 
 
+@pytest.mark.system
 async def test_a_follower_misses_nothing_and_sees_nothing_twice(store: GatewayStore) -> None:
     """Writers whose transactions stay open at random, some rolled back, beside group commits: each event once."""
     sizes = {"writers": 12, "rounds": 8, "longest_s": 0.002}

@@ -178,6 +178,7 @@ EVENTS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.system
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(EVENTS, min_size=1, max_size=12), holds=st.lists(FILTERS, max_size=3))
 def test_random_holds_keep_what_a_search_finds(
@@ -324,6 +325,7 @@ class TestArchiveFolder:
         await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "archive")
         return tmp_path / "archive"
 
+    @pytest.mark.system
     async def test_a_flipped_byte_in_any_file_is_found(self, store: GatewayStore, archive: Path) -> None:
         """Of Parquet and of the manifest; by the archive itself and by the log."""
         for path in [*archive.rglob("*.parquet"), archive / "manifest.jsonl"]:
@@ -383,6 +385,7 @@ class TestArchiveFolder:
         ]  # fmt: skip
         await self.found_alike(store, tmp_path / "a", rows, filters)
 
+    @pytest.mark.system
     async def test_every_filter_of_a_search_is_one_of_the_archive(self, store: GatewayStore, tmp_path: Path) -> None:
         """One value and several of each filter that there is: none of them finds everything, or nothing."""
         wanted = [
@@ -415,6 +418,7 @@ def other_values(name: str) -> list[Any]:
     return [value]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
 async def test_a_pruner_killed_at_any_step_loses_nothing(
     stride: int, store: GatewayStore, database_url: str, tmp_path: Path

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from uuid import uuid4
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from sqlalchemy import insert, select
 
@@ -107,6 +108,7 @@ async def test_named_nasty_values_read_back_identical(database_url: str) -> None
     await assert_round_trip(database_url, events)
 
 
+@pytest.mark.system
 async def test_any_event_reads_back_identical(database_url: str) -> None:
     """Hundreds of events made by hypothesis, stored in a few batches and compared one by one."""
     events: list[AuditEvent] = []

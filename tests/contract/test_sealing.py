@@ -35,6 +35,7 @@ def settings(seal_s: float = 0) -> StoreSettings:
     return StoreSettings(audit_seal_seconds=seal_s)
 
 
+@pytest.mark.system
 async def test_a_sealer_killed_at_any_statement_leaves_one_log(store: GatewayStore, database_url: str) -> None:
     """kill -9 before each of its statements in turn; each process finds what the one before left."""
     kills = await asyncio.to_thread(run_script, "sealing_process.py", database_url, "kills")
@@ -43,6 +44,7 @@ async def test_a_sealer_killed_at_any_statement_leaves_one_log(store: GatewaySto
     assert await require_one_log(store) == 300 * (kills + 1)
 
 
+@pytest.mark.system
 async def test_eight_sealers_at_once_leave_one_log(store: GatewayStore, database_url: str) -> None:
     """In as many processes, beside writers whose transactions stay open and are taken back."""
     await asyncio.to_thread(run_script, "sealing_process.py", database_url, "crowd")
@@ -207,6 +209,7 @@ async def reader(url: str, options: dict[str, str], seal_s: float) -> AsyncItera
         await engine.dispose()
 
 
+@pytest.mark.system
 async def test_verifying_among_sealers_gives_no_false_alarm(store: GatewayStore, database_url: str) -> None:
     """It sees one moment of the log, whatever is sealed meanwhile."""
     kept: list[Checkpoint] = []

@@ -207,6 +207,7 @@ async def test_what_a_killed_process_left_is_replayed_by_the_next_open(place: Pl
         assert store.audit.counters.replayed == 25
 
 
+@pytest.mark.system
 async def test_several_processes_share_one_spool(place: Place, path: Path) -> None:
     """Three processes spool into one file and replay it side by side: every event is in the database once."""
     three_children = (child(SPOOLING, place.url, 60) for _ in range(3))

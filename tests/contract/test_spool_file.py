@@ -275,6 +275,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.system
 @pytest.mark.skipif(
     shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
     reason="this user may not mount a small disk",

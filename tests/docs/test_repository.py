@@ -106,6 +106,7 @@ def test_hooks_of_pre_commit_run_the_linters_of_ci() -> None:
     assert all(hook["language"] == "system" for hook in local["hooks"])
 
 
+@pytest.mark.system
 @pytest.mark.integration
 def test_archive_holds_what_the_tests_read(tmp_path: Path) -> None:
     """The source distribution has every file of the root that a test names, and nothing of this machine."""
@@ -142,6 +143,7 @@ def test_passes(of_session, of_test):
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_the_last_test_leaks_fails_the_run(tmp_path: Path, workers: int) -> None:
     """What the fixtures hide from the garbage collector hides no leak, in a worker neither."""

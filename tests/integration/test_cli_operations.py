@@ -96,6 +96,7 @@ def test_a_role_that_may_not_delete_archives_no_approvals(limited_url: str) -> N
     assert not Path("archive").exists()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.FixtureRequest) -> None:
     """It says so in an audit event; cursors from before are refused, and what was there is read as history."""

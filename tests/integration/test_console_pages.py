@@ -245,6 +245,7 @@ async def test_a_search_is_walked_page_by_page(running: tuple[GatewayStore, Any]
     assert set(found[56:65]) <= set(re.findall(r'href="/audit/(\d+)"', middle))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("count", [500, pytest.param(5_000, marks=pytest.mark.slow)])
 async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[GatewayStore, Any], count: int) -> None:
     """Whatever is sent, to every path, signed in or not: an answer below 500."""

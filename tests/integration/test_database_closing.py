@@ -12,6 +12,7 @@ import servers
 from agent_gateway_store.storage import database as database_module
 
 
+@pytest.mark.system
 async def test_a_server_that_hangs_does_not_hold_up_the_close() -> None:
     """Its idle connections are given up together, not each after the timeout of a command."""
     with servers.PostgresServer() as server:

@@ -13,6 +13,7 @@ LOCK = "SELECT pg_advisory_lock(77)"
 WAITING = f"SELECT count(*) FROM pg_stat_activity WHERE query = '{LOCK}' AND wait_event = 'advisory'"
 
 
+@pytest.mark.system
 async def test_backends_that_wait_for_a_lock_end_after_us(postgres_url: str) -> None:
     """Each time-out closes a connection; its backend sees that within seconds, and is gone."""
     engine = create_engine(postgres_url)

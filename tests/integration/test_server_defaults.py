@@ -27,6 +27,8 @@ from builders import CALL, make_event, make_request
 from proofs.harness import execute
 from servers import PostgresServer
 
+pytestmark = pytest.mark.system
+
 READ_DIFFERENTLY = {
     "standard_conforming_strings": "off",
     "backslash_quote": "on",

@@ -25,7 +25,7 @@ from builders import CALL, make_event, make_request
 from proofs.harness import child, execute, migrated
 from tampering import triggers_off
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.system]
 
 SERVING = """
 import asyncio, sys

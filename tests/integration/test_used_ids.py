@@ -18,6 +18,8 @@ from builders import make_event, make_request
 from commands import gateway_store
 from proofs.harness import execute
 
+pytestmark = pytest.mark.system
+
 SEQUENCES = "SELECT sequencename FROM pg_sequences WHERE schemaname = 'public'"
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 

@@ -254,6 +254,7 @@ sys.exit(sum(child.exitcode != 0 for child in children))
 """
 
 
+@pytest.mark.system
 async def test_eight_processes_may_upgrade_at_once(url: str, engine: AsyncEngine) -> None:
     """All succeed, whoever is first, and the schema is right."""
     environment = {**os.environ, "DATABASE_URL": url}
@@ -264,6 +265,7 @@ async def test_eight_processes_may_upgrade_at_once(url: str, engine: AsyncEngine
     assert await migrate.differences(engine) == []
 
 
+@pytest.mark.system
 async def test_many_databases_may_be_migrated_in_one_process(make_url: Callable[[], str]) -> None:
     """By tasks of one loop and by threads: Alembic's module globals do not get mixed up."""
     engines = [create_engine(make_url()) for _ in range(3)]

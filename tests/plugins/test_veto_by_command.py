@@ -23,6 +23,7 @@ VETO = """
 """
 
 
+@pytest.mark.system
 def test_an_installed_plugin_vetoes_the_command(install: Install) -> None:
     """One sentence, exit code 1, and the approval still waits; what the plugin lets through is decided."""
     install("strict", VETO)

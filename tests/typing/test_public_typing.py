@@ -64,6 +64,7 @@ def test_twin_has_the_same_signatures(cls: type, twin: type) -> None:
     assert inspect.signature(sync.SyncGatewayStore) == inspect.signature(GatewayStore)
 
 
+@pytest.mark.system
 def test_mypy_accepts_the_public_api(tmp_path: Path) -> None:
     """Nor is anything wrong, by `mypy --strict`, with the use of it in `api.py`, in the README and in the docs."""
     [readme] = blocks("python", (ROOT / "README.md").read_text())

@@ -122,6 +122,7 @@ def fail(name: str) -> None:
     raise build(getattr(errors, name), full=True)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["ApiKeyExistsError", "ApprovalAlreadyDecidedError", "MissingExtraError"])
 async def test_an_error_crosses_a_process_pool(name: str) -> None:
     """It is raised where the pool's caller waits, rather than breaking the pool."""
