@@ -270,7 +270,7 @@ class BatchQueue(Generic[I, R]):
         self._gathering = task = asyncio.current_task()
         future = self.add(item)
         try:
-            # Whoever else is ready in this turn of the loop is in the queue after it.
+            # Every other task that is ready in this turn of the loop is in the queue after it.
             await asyncio.sleep(0)
             self._gathering = None
             if len(self._queue) == 1 and self._queue[0].result is future:
@@ -420,7 +420,7 @@ class Claim:
     Entered in another loop, or process, than those that are in it, it raises StoreNotOpenError.
 
     Args:
-        is_kept: Whether whoever was in it last keeps it, as for a store that is open then.
+        is_kept: Whether its last user keeps it, as for a store that is open then.
     """
 
     def __init__(self, is_kept: Callable[[], bool]) -> None:

@@ -30,7 +30,7 @@ _CUT_CHARS = 250
 
 MASK = "***"
 # The form of `keys.format`; 16 characters of a secret are enough, where it was cut off. Anything shorter is a name that
-# begins like a key, and whoever reads what is to run must see it.
+# begins like a key, and a reader of what is to run must see it.
 _API_KEY = re.compile(r"agw_[0-9A-Za-z]{12}_[0-9A-Za-z]{16,}")
 # The form of secrets.token_urlsafe(32): 43 characters. Long names of tools seldom have both cases and a digit.
 _TOKEN = re.compile(
@@ -117,7 +117,7 @@ def json_text(value: Any, *, indent: int | None = None) -> Shown:
 def is_cut(value: Any) -> bool:
     """True if JSON `value` holds, in a text or a name, the mark of something that was cut when it was stored.
 
-    Whoever writes such a mark makes a call look cut that is whole; nobody makes one look whole that was cut.
+    Such a mark in an argument makes a whole call look cut; nothing makes a cut one look whole.
     """
     left = [value]
     while left:

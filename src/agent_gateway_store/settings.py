@@ -83,7 +83,7 @@ def _web_url(value: str | None) -> str | None:
     if not parts.netloc.isascii():
         raise ValueError("the host must be written in letters of ASCII, as browsers send it: xn--...")
     if parts.port == 0:
-        raise ValueError("0 is no port")
+        raise ValueError("0 is not a port")
     if "//" in parts.path.rstrip("/"):
         raise ValueError("its path must do without //, with which browsers begin a host")
     if "%" in parts.path:
@@ -145,7 +145,7 @@ class StoreSettings(EnvironmentSettings):
         environment: Name of this deployment, stamped on API keys.
         approval_token_ttl_seconds: How long an approval waits for a decision by default; a million days at most.
         acquire_decision_seconds: How long an approval that `acquire` asks for waits for a decision by default.
-        approval_denial_seconds: How long a denial answers whoever acquires the same call again; 0: not at all.
+        approval_denial_seconds: How long a denial answers callers that acquire the same call again; 0: not at all.
         approval_max_pending: How many approvals of one caller may wait for a decision at once.
         approval_cache_seconds: How old a status read through Redis may be at most.
         audit_mode: `spool`: `write` never raises, and keeps events locally while the database is away; `strict`: it
@@ -198,7 +198,7 @@ class StoreSettings(EnvironmentSettings):
     bcrypt_rounds: int = Field(default=10, ge=4, le=MAX_BCRYPT_ROUNDS)
     api_key_cache_seconds: float = Field(default=30, ge=0, allow_inf_nan=False)
     audit_seal_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
-    # Six months, which the EU AI Act (article 26(6)) asks of whoever deploys a high-risk system.
+    # Six months, which the EU AI Act (article 26(6)) asks of deployers of high-risk systems.
     audit_retention_floor_days: float = Field(default=183, ge=0, le=1_000_000, allow_inf_nan=False)
     audit_signing_key: SecretStr | None = None
     audit_log_origin: str = "agent-gateway-store.local"

@@ -228,7 +228,7 @@ class _BlockingCall:
 
 
 def _like(original: Callable[..., Any]) -> Callable[[F], F]:
-    """Do as `functools.wraps`; the function keeps its own type."""
+    """Wrap as `functools.wraps` does; the function keeps its own type."""
     return wraps(original)  # type: ignore[return-value]
 
 

@@ -28,20 +28,23 @@ TWICE = """'{"path": "evil", "path": "x"}'::json"""
     [
         (
             f"ALTER TABLE audit_events ALTER sanitized_args TYPE json USING {TWICE}",
-            "sanitized_args of audit_events is no jsonb",
+            "sanitized_args of audit_events is not of the type jsonb",
         ),
-        ("ALTER TABLE audit_events ALTER latency_ms TYPE integer", "column latency_ms of audit_events is no int8"),
+        (
+            "ALTER TABLE audit_events ALTER latency_ms TYPE integer",
+            "latency_ms of audit_events is not of the type int8",
+        ),
         (
             "ALTER TABLE audit_events ALTER key_id TYPE json USING '1'",
-            "column key_id of audit_events is no text",
+            "column key_id of audit_events is not of the type text",
         ),
         (
             "ALTER TABLE audit_events DROP trace_id, ADD trace_id text GENERATED ALWAYS AS ('x') STORED",
-            "The column trace_id of audit_events is no text, or is computed",
+            "The column trace_id of audit_events is not of the type text, or is computed",
         ),
-        ("ALTER TABLE audit_leaves ALTER salt TYPE text", "The column salt of audit_leaves is no bytea"),
-        ("ALTER TABLE audit_tiles ALTER level TYPE bigint", "The column level of audit_tiles is no int4"),
-        ("ALTER TABLE audit_checkpoints ALTER size TYPE text", "The column size of audit_checkpoints is no int8"),
+        ("ALTER TABLE audit_leaves ALTER salt TYPE text", "The column salt of audit_leaves is not of the type bytea"),
+        ("ALTER TABLE audit_tiles ALTER level TYPE bigint", "The column level of audit_tiles is not of the type int4"),
+        ("ALTER TABLE audit_checkpoints ALTER size TYPE text", "size of audit_checkpoints is not of the type int8"),
         ("ALTER TABLE audit_events SET UNLOGGED", "audit_events is UNLOGGED"),
         ("CREATE TABLE kid () INHERITS (audit_events)", "audit_events has tables that inherit from it"),
         ("CREATE TABLE kid () INHERITS (audit_leaves)", "audit_leaves has tables that inherit from it"),

@@ -340,5 +340,5 @@ async def test_a_view_in_place_of_a_table_is_seen(own_database_url: str, name: s
     """It may show others something else, and this one may have no end: nothing is read from it."""
     found = await verified_after(own_database_url, *(statement.format(name) for statement in VIEW))
     assert [(each.kind, each.text.partition(".")[0]) for each in found.findings] == [
-        (FindingKind.ALTERED, f"{name} is no table")
+        (FindingKind.ALTERED, f"{name} is not a table")
     ]

@@ -202,7 +202,7 @@ async def test_a_replica_that_was_promoted_is_named(caplog: pytest.LogCaptureFix
                 settings = {"DATABASE_URL": primary.url, "DATABASE_READ_URL": url, "REDIS_URL": ""}
                 outcome = await asyncio.to_thread(partial(gateway_store, "doctor", "--json", **settings))
                 said = [each.message for each in caplog.records if each.levelname == "ERROR"], outcome.json["problems"]
-                found = ["no replica any more" in page for page in pages]
+                found = ["not a replica any more" in page for page in pages]
                 return [*found, *("leads to a server of its own" in str(each) for each in said)]
 
             assert not any(await shown(standby))

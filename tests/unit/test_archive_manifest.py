@@ -106,7 +106,7 @@ async def test_a_pipe_in_the_place_of_the_manifest_is_said_and_not_waited_for(tm
     # Whoever reads it waits until this end is closed.
     end = os.open(tmp_path / NAME, os.O_RDWR)
     try:
-        with pytest.raises(ArchiveError, match="no regular file"):
+        with pytest.raises(ArchiveError, match="not a regular file"):
             await asyncio.wait_for(asyncio.to_thread(Manifest(tmp_path).read), 10)
     finally:
         os.close(end)

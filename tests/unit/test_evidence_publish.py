@@ -301,7 +301,7 @@ async def test_a_pipe_in_the_place_of_the_checkpoint_is_said_and_not_waited_for(
     end = os.open(tmp_path / "checkpoint", os.O_RDWR)
     log = SealedLog(leaves=5)
     try:
-        with pytest.raises(OSError, match="no regular file"):
+        with pytest.raises(OSError, match="not a regular file"):
             await asyncio.wait_for(publish(tmp_path, log.checkpoint(), Reader(log)), 10)
     finally:
         os.close(end)

@@ -132,7 +132,7 @@ def require_intact(folder: Path, entries: Iterable[Entry]) -> None:
         path = folder / entry.file
         try:
             if not path.resolve().is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
-                raise ArchiveError(f"{path} is no file of this archive.", file=entry.file)
+                raise ArchiveError(f"{path} is not a file of this archive.", file=entry.file)
             digest = sha256_of(path)
         except (OSError, RuntimeError) as exc:
             # Up to Python 3.12, a link to itself is a RuntimeError.

@@ -47,7 +47,7 @@ class Footer:
         rows: How many there are.
 
     Raises:
-        ArchiveError: It is no Parquet file, or one that takes too much memory.
+        ArchiveError: It is not a Parquet file, or one that takes too much memory.
     """
 
     def __init__(self, path: Path) -> None:

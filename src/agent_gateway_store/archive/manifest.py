@@ -124,7 +124,7 @@ class Manifest:
                 added = file.read()
         except OSError as exc:
             raise ArchiveError(
-                f"{self.path} cannot be read, so {self.folder} is no archive: {exc.strerror}.", file=NAME
+                f"{self.path} cannot be read, so {self.folder} is not an archive: {exc.strerror}.", file=NAME
             ) from exc
         whole, end, torn = added.rpartition(b"\n")
         self.is_torn = bool(torn)
@@ -148,7 +148,7 @@ class Manifest:
         return [each for each in self.entries.values() if each.kind == kind]
 
     def open(self) -> None:
-        """Make the folder an archive if it is none yet, and remove what a killed run has left: with `archive_lock`.
+        """Make the folder an archive if it is not one yet, and remove what a killed run has left: with `archive_lock`.
 
         Raises:
             ArchiveError: See `read`.

@@ -32,7 +32,7 @@ from agent_gateway_store.storage.filters import Criteria, searched_text
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Of one file. Chosen: whoever altered more has altered everything.
+# Of one file. Chosen: where more was altered, everything may be.
 _MOST_FINDINGS = 1_000
 _FILES = {
     "events": re.compile(r"day=([0-9-]+)/[0-9]+-[0-9a-f]+\.parquet"),
@@ -75,8 +75,8 @@ class Archive:
             filters: As of `store.audit.search`.
 
         Raises:
-            ArchiveError: The folder is no archive, a line of its manifest is not what was written, or a file has other
-                columns.
+            ArchiveError: The folder is not an archive, a line of its manifest is not what was written, or a file has
+                other columns.
             MissingExtraError: pyarrow is not installed.
             TypeError: There is no such filter.
             ValueError: There is no such value.
@@ -205,7 +205,7 @@ class ArchiveWalk:
         except ArchiveError as exc:
             self._note(FindingKind.ALTERED, str(exc))
         except Exception as exc:
-            # What a file can be made to hold and is no archive of events: every error means the same.
+            # A file can be made to hold what is not an archive of events: every error means the same.
             self._note(FindingKind.ALTERED, f"{entry.file} holds no events: {describe(exc)}.")
 
     def _fitting_rows_of(self, entry: Entry, day: str | None) -> Iterator[list[CheckedRow]]:
@@ -260,7 +260,7 @@ def checked_row(row: Sequence[Any]) -> CheckedRow | None:
     try:
         content = hash_of_stored(stored_form(event)[1:])
     except Exception:
-        # What a file can be made to hold and is no event: every error means the same.
+        # A file can be made to hold what is not an event: every error means the same.
         content = ""
     # 0.1.0 wrote an empty text in place of no salt, from SQLite.
     if not salt and event[_CONTENT_HASH] is None:
@@ -296,7 +296,7 @@ def stored_form(row: Sequence[Any]) -> list[Any]:
 def _scanned(path: Path, columns: list[str], condition: Any) -> Iterator[pa.RecordBatch]:
     from pyarrow import dataset
 
-    # Without partitions: the column `day` of the folder's name is no column of an event. Threads would read ahead.
+    # Without partitions: an event has no column `day`, as the folder's name has. Threads would read ahead.
     try:
         open_regular(path).close()
         found = dataset.dataset(path, format="parquet", partitioning=None)

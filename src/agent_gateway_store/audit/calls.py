@@ -131,7 +131,7 @@ class RecordedCall:
         """Return `tool` as a function whose calls are recorded.
 
         Raises:
-            TypeError: It is no coroutine function, so that calling it is not all of the call.
+            TypeError: It must be a coroutine function: calling it is not all of the call.
         """
         if not is_kind(tool, inspect.iscoroutinefunction):
             raise TypeError(f"Only calls of a coroutine function can be recorded: make {_name(tool)} an `async def`.")
@@ -205,7 +205,7 @@ class CallStart:
         # A tool that is cancelled may raise an error of its own while it ends.
         is_cancelled = is_in_ended_scope > self._is_in_ended_scope or cancellations > self._cancellations
         if sys.version_info < (3, 13) and not is_in_ended_scope:
-            # A TaskGroup that fails leaves behind the cancellation by which it woke its own task, which is no cause.
+            # A TaskGroup that fails leaves behind the cancellation by which it woke its own task, which is not a cause.
             kinds = asyncio.CancelledError, BaseExceptionGroup
             is_raised, is_of_group = (any(isinstance(each, kind) for each in own) for kind in kinds)
             is_cancelled &= is_raised or not is_of_group

@@ -13,7 +13,7 @@ anybody could see it, and no id up to its own is given again. A cursor also name
 not the database that the cursor came from; it may be a standby that was promoted before it had received everything.
 
 A prune takes away old events, never the newest one, and notes the highest ids that it took away. A reader that has
-passed those goes on; one that has not is told so, as it would miss events.
+passed those goes on; one that has not is refused, as it would miss events.
 
 A cursor names its database, too, and is refused after `gateway-store db restored`. What was in the backup is history
 from then on: its transaction ids are those of another server.
@@ -364,7 +364,7 @@ def _visible() -> ColumnElement[bool]:
 
 
 def _decoded(scope: bytes, cursor: str, dialect: str) -> _Place:
-    # The fingerprint is no signature, so a cursor may hold anything, and the database must not be asked for that.
+    # The fingerprint is not a signature, so a cursor may hold anything, and the database must not be asked for that.
     payload = decode(scope, cursor)
     try:
         place = _Place(**json.loads(payload))

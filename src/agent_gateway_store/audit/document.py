@@ -115,7 +115,7 @@ def _canonical(text: str) -> str:
 
 
 def _canonical_as_written(text: str) -> str:
-    """Do the same for text of any origin; ValueError if nobody writes it so, as it could say more than its hash."""
+    """Return the same for text of any origin; ValueError if no writer spells it so: it could say more than its hash."""
     canonical = _canonical(text)
     # As SQLAlchemy writes it to SQLite, and as PostgreSQL has written it to an archive.
     if text != canonical and text != json.dumps(value := json.loads(text)) and text != _jsonb(value):

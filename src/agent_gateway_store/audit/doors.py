@@ -1,4 +1,4 @@
-"""The events by which whoever changes the log past its rules says what was done. They are never pruned."""
+"""The events that say what was done to the log past its rules, and by whom. They are never pruned."""
 
 from __future__ import annotations
 

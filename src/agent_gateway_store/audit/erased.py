@@ -65,7 +65,7 @@ def _blank_id(row: Mapping[str, Any]) -> str:
         if REUSED_LABEL in json.loads(row["risk_labels"]):
             return _DERIVED.sub(f"~erased-{row['position']}", request_id)
     except Exception:  # noqa: S110
-        # What a database can be made to hold and is no event: every error means the same.
+        # A database can be made to hold what is not an event: every error means the same.
         pass
     return request_id
 

@@ -109,7 +109,7 @@ class AuditQuery:
         check_limit(limit)
         found = criteria(filters, org_id=self._org_id)
         if cursor is not None:
-            # A text that is no cursor of this listing needs no database to be refused.
+            # A text that is not a cursor of this listing is refused without asking the database.
             decode(found.scope, cursor)
         return await self._search(found, limit, cursor)
 

@@ -112,7 +112,7 @@ def _typed(values: dict[str, Any]) -> AuditEvent:
     flags = [] if flags == "[]" else scan_json(flags, 0)[0]
     if not (type(args) is type(extra) is dict and type(labels) is type(flags) is list):
         raise TypeError("JSON of another kind")
-    # Raises as well where a label is no text.
+    # Raises as well where a label is not text.
     "".join(labels)
     values["redaction_flags"] = flags and [RedactionFlag(**flag) for flag in flags]
     values["approval_id"] = values["approval_id"] and UUID(values["approval_id"])

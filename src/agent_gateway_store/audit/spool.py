@@ -195,7 +195,7 @@ class Spool:
         """Return up to `limit` rows to replay, oldest first, with their ids.
 
         Those of earlier versions for this URL are given the identity before. What could not be removed is not returned.
-        For a row that is no whole event stands an error, or None once it is quarantined: each process tries it again,
+        A row that is not a whole event gives an error, or None once it is quarantined: each process tries it again,
         for its version may be able to read it.
         """
         async with self._transaction("read the spool") as connection:

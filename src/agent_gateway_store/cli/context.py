@@ -88,7 +88,7 @@ def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> 
 
 
 def open_blocking_store(ctx: typer.Context) -> SyncGatewayStore:
-    """Do as `open_store` for `with`: the store's event loop runs in a thread of its own."""
+    """Open as `open_store` does, for `with`: the store's event loop runs in a thread of its own."""
     from agent_gateway_store.sync import SyncGatewayStore
 
     return _construct(ctx, SyncGatewayStore, settings_of(ctx))
@@ -143,7 +143,7 @@ def read_store(
     is_endless: bool = False,
     settings: StoreSettings | None = None,
 ) -> T:
-    """Do as `in_store` for a command that only reads, and say on standard error which database it reads.
+    """Run a command that only reads as `in_store` does, and say on standard error which database it reads.
 
     It says, too, whether that database is new or empty: in another folder, or without DATABASE_URL, that is likely not
     the one that was meant. For JSON it says nothing; nor where the call fails, unless nothing was found.
@@ -231,7 +231,7 @@ def duration(text: str, option: str) -> timedelta:
     """Return `90s`, `15m`, `24h`, `30d` or `2w` as a timedelta.
 
     Raises:
-        typer.BadParameter: It is no period, or longer than the databases can count back.
+        typer.BadParameter: It is not a period, or longer than the databases can count back.
     """
     from agent_gateway_store.storage import filters
 

@@ -363,7 +363,7 @@ async def _check_retention(report: Report, connection: AsyncConnection, file: Pa
     if holds := await read_holds(connection):
         counted = select(func.count()).select_from(table).where(is_held(connection.dialect.name, holds))
         held = (await connection.execute(counted)).scalar_one()
-    # A younger log has grown for as long as it is there; at least an hour, so that a first burst is no trend.
+    # A younger log has grown for as long as it is there; at least an hour: a first burst is not a trend.
     start = max(oldest, since) if oldest else since
     days = max((utc_now() - start) / timedelta(days=1), 1 / 24)
     growth = round(size / rows * recent / days) if rows and recent else 0

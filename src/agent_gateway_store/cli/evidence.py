@@ -138,7 +138,7 @@ def keygen(
         print_json(facts)
         return
     print_fields(facts)
-    complain("Keep the first where only the gateway reads it, and give the second to whoever verifies.")
+    complain("Keep the first where only the gateway reads it, and give the second to those who verify.")
 
 
 @app.command()

@@ -100,7 +100,7 @@ async def _alive(_request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    """Say whether database, schema and sealer are well; not what is wrong, for whoever may ask."""
+    """Say whether database, schema and sealer are well; not what is wrong, as anybody may ask."""
     console = pages.console_of(request)
     try:
         async with asyncio.timeout(_READY_S):

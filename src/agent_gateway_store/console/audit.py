@@ -91,7 +91,7 @@ def _given(request: Request) -> dict[str, list[str]]:
 
 
 def _filters(given: dict[str, list[str]]) -> dict[str, Any]:
-    """Return the filters of `search`. Raises ValueError for a value that is none."""
+    """Return the filters of `search`. Raises ValueError for a value of no filter."""
     filters: dict[str, Any] = {}
     for name, values in given.items():
         if name in _SINGLE and len(values) > 1:

@@ -42,7 +42,7 @@ def console(
 ) -> None:
     """Serve the pages on which people decide approvals and search the audit log.
 
-    Whoever has an API key with one of the roles of CONSOLE_ROLES may sign in. With --demo it uses
+    Holders of an API key with one of the roles of CONSOLE_ROLES may sign in. With --demo it uses
     --database-url if it is given, else the file gateway-demo.db in the current folder, whatever DATABASE_URL says.
     """
     with needs_extra("gateway-store console", extra="console"):

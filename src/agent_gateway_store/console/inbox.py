@@ -180,7 +180,7 @@ async def decide(request: Request) -> Response:
 
 
 def _is_repeated(error: ApprovalError, session: Session, verb: str) -> bool:
-    """True for the second click of whoever decided the same."""
+    """True for the second click of somebody who decided the same."""
     if not isinstance(error, ApprovalAlreadyDecidedError):
         return False
     same = {"approve": (ApprovalStatus.APPROVED, ApprovalStatus.USED), "deny": (ApprovalStatus.DENIED,)}

@@ -127,7 +127,7 @@ async def replica_age(session: Session) -> str | None:
     if database.replica is not database and (age_s := await database.replica.replica_age_s()) is not None:
         return f"Read from a replica, at most {age_s:.0f} s behind."
     if await database.is_replica_apart():
-        return "Read from a server that is no replica any more: what is new is missing here. Tell whoever runs it."
+        return "Read from a server that is not a replica any more: what is new is missing here. Tell its operator."
     return None
 
 

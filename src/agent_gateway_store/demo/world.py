@@ -272,7 +272,7 @@ PROBED = Incident(hour=10, age=timedelta(days=1), length=timedelta(minutes=30))
 # During the nightly batch of this caller, since at other hours there are too few queries to see it.
 SLOWED = "reporting-agent"
 SLOW = Incident(hour=2, age=timedelta(days=3), length=timedelta(minutes=90))
-# Whoever has the release bot's key looks for more of them, by night and from outside the company.
+# The thief of the release bot's key looks for more of them, by night and from outside the company.
 LEAKED, THIEF_ADDRESS = "release-bot", "203.0.113.77"
 SOUGHT: tuple[str, ...] = ("password", "BEGIN PRIVATE KEY", "aws_secret_access_key")
 STOLEN = Incident(hour=3, age=timedelta(days=2), length=timedelta(minutes=40))

@@ -98,8 +98,8 @@ def plain(value: Any) -> Any:
 def holds_more(value: Any, read: Any) -> bool:
     """True if `read`, which `plain` returned for `value`, leaves something out, or may do so where nobody sees it.
 
-    That is an attribute that is no field, what a class in C keeps beside what is read of it, a value of a form that has
-    several of one name. A `cached_property` says nothing new, and neither does a private attribute that is still its
+    That is an attribute that is not a field, what a class in C keeps beside what is read of it, a value of a form that
+    has several of one name. A `cached_property` says nothing new, nor does a private attribute that is still its
     default, or still equal to the container that its factory makes. What is read by its repr counts as left out.
     """
     kind = type(value)
@@ -159,7 +159,7 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 
 def _is_native(kind: type[Any]) -> bool:
-    """True if a class is written in C: its objects may hold what is no attribute."""
+    """True if a class is written in C: its objects may hold more than their attributes."""
     return any(type(each) in _NATIVE_METHODS and each.__objclass__ is kind for each in vars(kind).values())
 
 

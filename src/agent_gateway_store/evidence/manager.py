@@ -166,7 +166,7 @@ class EvidenceManager:
     async def publish(self, folder: str | PathLike[str]) -> Checkpoint | None:
         """Write the last checkpoint and the hash tiles below it to a folder, which any web server can serve.
 
-        No event and no salt is among them. Whoever reads meanwhile, or after a crash, finds a checkpoint with all its
+        No event and no salt is among them. Readers, meanwhile or after a crash, find a checkpoint with all its
         tiles. Full tiles under the checkpoint that is there are written again only where one is missing or was cut:
         if one was damaged otherwise, publish to an empty folder. Another process that publishes there is waited for.
 
@@ -183,7 +183,7 @@ class EvidenceManager:
         if checkpoint is None:
             return None
         async with publish.publish_lock(self._database, Path(folder)):
-            # Whoever was waited for may have published a later one.
+            # The process that was waited for may have published a later one.
             checkpoint = await self.checkpoint() or checkpoint
             try:
                 await publish.publish(Path(folder), checkpoint, self._read_tiles)

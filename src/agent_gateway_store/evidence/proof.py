@@ -97,7 +97,7 @@ _NO_HASH = "the event does not hold their hash. They are what the database said.
 _OTHER_HASH = "the event holds another hash."
 _HASH_OF_UNPROVED = "the event holds their hash, and is not proved itself."
 _PROVED = "The approval and its votes are those that the event names. Its status, use and outcome are not proved."
-_NO_KEY = "Nothing vouches for the checkpoint: no key was given, and whoever made this text can have made it up."
+_NO_KEY = "Nothing vouches for the checkpoint: no key was given, and the maker of this text can have made it up."
 # What reading hostile JSON into our models may raise.
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 

@@ -65,7 +65,7 @@ def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
 async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
     """Write the tiles of the log at `checkpoint` that `folder` lacks, and then the checkpoint.
 
-    Whoever reads the folder meanwhile, or after a crash, finds a checkpoint with all its tiles. Full tiles under the
+    Readers of the folder, meanwhile or after a crash, find a checkpoint with all its tiles. Full tiles under the
     checkpoint that is there never change: of them only those of another size are written again. Of all others the
     content is compared, since a publish that was killed may have left tiles of another log. No event and no salt is in
     there.

@@ -247,7 +247,7 @@ async def _strange(reader: Snapshot) -> tuple[list[str], list[str]]:
 
 # By the fault that `_STRANGE` names.
 _FAULTS = {
-    "table": "{} is no table. What is in its place may show others something else, so nothing was read.",
+    "table": "{} is not a table. What is in its place may show others something else, so nothing was read.",
     "children": "{} has tables that inherit from it. They may show others something else, so nothing was read.",
     "unlogged": "{} is UNLOGGED: a crash of the server would empty it, and a replica shows nothing. Nothing was read.",
     "rule": "{} has a rule that replaces INSERT, so that new rows are lost or go elsewhere. Nothing was read.",
@@ -258,7 +258,8 @@ _FAULTS = {
     "off": "Some sessions fire no triggers, so that rows of the log can be changed: run `{1}` as a superuser.",
     "twice": "{} has no unique constraint on {}: one row may be counted for another. Nothing was read: create it again "
     "(`gateway-store db check` names it).",
-    "column": "The column {1} of {0} is no {2}, or is computed: it can say more than was sealed. Nothing was read.",
+    "column": "The column {1} of {0} is not of the type {2}, or is computed: it can say more than was sealed. Nothing "
+    "was read.",
 }
 
 

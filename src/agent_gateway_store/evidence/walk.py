@@ -18,7 +18,7 @@ from agent_gateway_store.evidence.tree import HASH_BYTES, TILE_HEIGHT, TILE_WIDT
 from agent_gateway_store.models.evidence import Finding, FindingKind, leaf_hash
 
 MOST_FINDINGS = 1_000
-"""Of one kind. Chosen: whoever altered more has altered everything."""
+"""Of one kind. Chosen: where more was altered, everything may be."""
 
 # Of tiles, where positions are numbers of 64 bits.
 _LEVELS = 64 // TILE_HEIGHT
@@ -108,7 +108,7 @@ class LogWalk:
         if self._found[kind] <= MOST_FINDINGS:
             ids = {"position": position, "event_id": event_id}
             where = {name: value for name, value in ids.items() if type(value) is int}
-            # What is no UTF-8 is escaped.
+            # What is not UTF-8 is escaped.
             name = request_id.encode(errors="backslashreplace").decode() if type(request_id) is str else None
             self.findings.append(Finding(kind=kind, text=text, request_id=name, **where))
 
@@ -168,7 +168,9 @@ class LogWalk:
                 self.note(FindingKind.MISSING, text, position=position, event_id=event_id)
             return
         if not self._is_first(row_id):
-            text = "An earlier leaf names this event, or its id is no number: what was sealed here is gone or changed."
+            text = (
+                "An earlier leaf names this event, or its id is not a number: what was sealed here is gone or changed."
+            )
             self.note(FindingKind.ALTERED, text, position=position, event_id=event_id, request_id=event[_REQUEST_ID])
             return
         self.present += 1
@@ -248,7 +250,7 @@ def computed_hash(event: Sequence[Any], *, is_jsonb: bool) -> str:
     try:
         return hash_of_stored(event, is_jsonb=is_jsonb)
     except Exception:
-        # What a database can be made to hold and is no event: every error means the same.
+        # A database can be made to hold what is not an event: every error means the same.
         return ""
 
 

@@ -120,7 +120,7 @@ class Dispatcher:
         self._executor.close(timeout)
 
     async def aclose(self, timeout: float = 1.0) -> None:
-        """Do as `close`, without blocking the event loop."""
+        """Close as `close` does, without blocking the event loop."""
         self._is_closed = True
         await self._executor.aclose(timeout)
 

@@ -125,7 +125,7 @@ class PluginExecutor:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     async def aclose(self, timeout_s: float = 1.0) -> None:
-        """Do as `close`, without blocking the event loop."""
+        """Close as `close` does, without blocking the event loop."""
         if self._threads or self._abandoned:
             await asyncio.wrap_future(run_in_thread(lambda: self.close(timeout_s), name="gateway-store close"))
 

@@ -32,7 +32,7 @@ def leaf_hash(salt: bytes, content_hash: bytes | str) -> bytes:
     """Return the leaf of an event: SHA-256 over a zero byte, the salt, and `content_hash` as 32 bytes.
 
     Args:
-        salt: Keeps a leaf from being guessed by whoever knows what an event may say.
+        salt: Keeps a leaf from being guessed by somebody who knows what an event may say.
         content_hash: The event's, as 64 hex digits or as 32 bytes.
     """
     content = bytes.fromhex(content_hash) if isinstance(content_hash, str) else content_hash
@@ -100,7 +100,7 @@ door_table = Table("audit_door", metadata, Column("transaction_id", BigInteger, 
 
 
 class Checkpoint(FrozenModel):
-    """What a log was at one size. Whoever keeps it elsewhere can prove later that the log was rewritten.
+    """What a log was at one size. A copy that is kept elsewhere proves later that the log was rewritten.
 
     Attributes:
         origin: The name of the log: AUDIT_LOG_ORIGIN, a slash, and the database's identity.
@@ -165,7 +165,7 @@ class Verification(FrozenModel):
         erased: How many events were erased, as sealed events say.
         pruned: How many were pruned, as sealed events say.
         archived: How many of the pruned ones were found in the archive.
-        anchored: The largest size that a checkpoint kept elsewhere vouches for; 0: none does, so that whoever owns the
+        anchored: The largest size that a checkpoint kept elsewhere vouches for; 0: none does, so that the owner of the
             database may have sealed everything anew.
         findings: What does not fit.
         remarks: What is true all the same and must not be read over, for people: what nothing proves or vouches for.

@@ -40,7 +40,7 @@ class DeadLetter(StoreModel, table=True):
         org_id: As of its sink.
         event_id: Of the event, which may have been pruned since.
         error: What the sink said.
-        is_due: True: redriven, and sent again by whoever ships to the sink.
+        is_due: True: redriven; the process that ships to the sink sends it again.
     """
 
     __tablename__ = "audit_dead_letters"

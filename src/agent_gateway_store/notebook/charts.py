@@ -66,7 +66,7 @@ def frame_of(source: Any, ask: Callable[[Any], Any], *, instead: str) -> pd.Data
 
     Raises:
         MissingExtraError: pandas or pyarrow is not installed.
-        TypeError: It is none of these; an asynchronous store, or a coroutine that was not awaited.
+        TypeError: It is not one of these; an asynchronous store, or a coroutine that was not awaited.
     """
     _, pd = libraries()
     if inspect.isawaitable(source):
@@ -161,7 +161,7 @@ def finish(chart: Any, title: str, subtitle: str, *, axis: Iterable[str] = (), l
     Where a label of its axis or legend may be cut, a line below the title says so, and what shows the whole.
     """
     alt, _ = libraries()
-    # Altair's default loads its scripts from a public server. Whoever has chosen another renderer keeps it.
+    # Altair's default loads its scripts from a public server. A renderer that was chosen before is kept.
     if alt.renderers.active == "default":
         alt.renderers.enable("svg")
     is_cut = any(_is_cut(each, _AXIS_PX) for each in axis) or any(_is_cut(each, LEGEND_PX) for each in legend)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["calls", "latency", "risk", "timeline", "waiting"]
 
 OTHERS = "others"
-# Rows that can be read without scrolling; colours that can be told apart, with `others` nine of the ten of tableau10;
+# Rows that can be read without scrolling; colours that differ enough, with `others` nine of the ten of tableau10;
 # columns whose slanted labels do not overlap in the width.
 _TOOLS, _CALLERS, _LABELS = 20, 8, 12
 _STEPS = [
@@ -62,7 +62,7 @@ def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
 
     Raises:
         ValueError: The result lacks a column that is needed.
-        TypeError: `source` is none of these.
+        TypeError: `source` is not one of these.
         MissingExtraError: The extra `notebook` is not installed.
     """
     alt, pd = charts.libraries()

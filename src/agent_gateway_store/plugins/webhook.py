@@ -228,7 +228,7 @@ def body_of(notice: Notice) -> bytes:
     """Return the JSON to send, at most 20,000 bytes. The same notice gives the same bytes, if it has a time of its own.
 
     What is too long is cut and ends in an ellipsis; `data.arguments_cut` tells whether arguments were. `data.warning`
-    is a sentence for whoever decides where the call was not even stored whole, else "".
+    is a sentence for approvers where the call was not even stored whole, else "".
     """
     happened = (notice.created_at if notice.event == "pending" else notice.decided_at) or datetime.now(UTC)
     body = b""

@@ -44,7 +44,7 @@ _SECRET = ("token", "acquire_key")
 
 
 class ApprovalPruner:
-    """Prunes one batch after the other; whoever uses it holds the lock of retention.
+    """Prunes one batch after the other; its user holds the lock of retention.
 
     Args:
         before: Approvals that ended from this time on stay; not in the future.

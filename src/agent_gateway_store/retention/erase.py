@@ -99,7 +99,7 @@ class _Touched(NamedTuple):
 
 
 class Eraser:
-    """Erases one request; whoever uses it holds the lock of retention.
+    """Erases one request; its user holds the lock of retention.
 
     Args:
         forget: Deletes the Redis entries of approvals; False where Redis does not answer.
@@ -377,7 +377,7 @@ def blank_notice(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _blanked(own: Collection[UUID], record: Record) -> Record | None:
-    """Return an archived approval blanked; None if it is none of these, or was blanked before."""
+    """Return an archived approval blanked; None if it is not one of these, or was blanked before."""
     approval = record["approval"]
     is_own = UUID(approval["approval_id"]) in own
     if not is_own or is_blank_approval(approval["tool_call_hash"], approval["risk_explanation"]):

@@ -40,7 +40,7 @@ LOCK_KEY = int.from_bytes(b"agwhold", "big")
 # Chosen: many times what a prune holds it for, and less than the timeout of one command.
 _WAIT_S = 20.0
 PAUSE_S = 3 * POLL_S
-"""Seconds for which a prune leaves the lock alone between two turns: whoever waits for it tries meanwhile."""
+"""Seconds for which a prune leaves the lock alone between two turns: processes that wait for it try meanwhile."""
 
 
 def retention_lock(database: Database) -> ExclusiveLock:
@@ -137,7 +137,7 @@ class RetentionManager:
                 if total.next is None:
                     result = "done"
                     break
-                # So that whoever waits for the lock gets it.
+                # So that a process that waits for the lock gets it.
                 await asyncio.sleep(PAUSE_S)
             held, remaining = await pruner.counts()
         except BaseException as exc:
@@ -253,7 +253,7 @@ class RetentionManager:
             archive: Where pruned events are; None: only the tables are looked at.
 
         Raises:
-            ArchiveError: The folder is no archive, or a file of it is not what was written.
+            ArchiveError: The folder is not an archive, or a file of it is not what was written.
             StoreUnavailableError: The database is away.
             ValueError: Neither `caller_id` nor `text`.
         """

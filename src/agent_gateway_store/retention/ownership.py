@@ -24,7 +24,7 @@ _leaves = AuditLeaf.__table__
 
 
 async def open_own_archive(database: Database, manifest: Manifest) -> None:
-    """Do as `manifest.open`; ArchiveError if the archive is that of another log."""
+    """Open it as `manifest.open` does; ArchiveError if the archive is that of another log."""
     await in_thread(manifest.open)
     notes = (entry.checkpoint for entry in manifest.of_kind("events"))
     origins = {note.partition("\n")[0] for note in notes if note}

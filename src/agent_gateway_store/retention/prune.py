@@ -129,7 +129,7 @@ _DELETE = Statement(lambda dialect: delete(table).where(is_one_of(dialect, table
 
 
 class Pruner:
-    """Prunes one batch after the other; whoever uses it holds the lock of retention.
+    """Prunes one batch after the other; its user holds the lock of retention.
 
     Args:
         sealer: Seals the events that say what is pruned.

@@ -92,7 +92,7 @@ class SinkManager:
         return Page([{name: row[name] for name in _LETTER} for row in rows], columns=_LETTER)
 
     async def redrive(self, sink: str | None = None) -> int:
-        """Send dead letters again: those of one sink, or all. Whoever ships to the sink does it, before new events.
+        """Send dead letters again: those of one sink, or all. The process that ships there does it, before new events.
 
         Returns:
             How many there were.

@@ -128,7 +128,7 @@ class Shipper:
     async def ship(
         self, sink: str | Sink, *, once: bool, start: Literal["beginning", "now"], batch: int, poll_s: float
     ) -> int:
-        """Do as `AuditManager.ship` says."""
+        """Ship, as `AuditManager.ship` says."""
         self._database.check_owner()
         check_limit(batch)
         if start not in ("beginning", "now"):

@@ -1,6 +1,6 @@
 """Tables to which rows are only added: triggers refuse the rest, to everybody, but for a transaction that opens a door.
 
-They stop accidents. Whoever owns the tables can switch them off; what was done then is for `verify` to find.
+They stop accidents. The owner of the tables can switch them off; what was done then is for `verify` to find.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ class Database:
                 raise StoreUnavailableError(NO_WRITES)
 
     async def replica_age_s(self) -> float | None:
-        """Return how many seconds old, at most, what this server shows is; None: it is no standby.
+        """Return how many seconds old, at most, what this server shows is; None: it is not a standby.
 
         Raises:
             StoreUnavailableError: It does not answer.

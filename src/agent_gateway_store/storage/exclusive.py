@@ -193,7 +193,7 @@ async def folder_lock(folder: Path, *, wait_s: float, busy: str, mode: int = FIL
     Args:
         folder: Which.
         wait_s: As of `ExclusiveLock`, like `busy`.
-        mode: Of the file where it is made, less the umask: whoever may not write it cannot take the lock.
+        mode: Of the file where it is made, less the umask: a user that may not write it cannot take the lock.
 
     Raises:
         OSError: The folder cannot be written.

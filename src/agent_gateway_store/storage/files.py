@@ -74,14 +74,14 @@ def open_regular(path: Path) -> IO[bytes]:
     """Open a file for reading, where others may have put something else: a pipe never answers, a device never ends.
 
     Raises:
-        OSError: It cannot be read, or is no regular file.
+        OSError: It cannot be read, or is not a regular file.
     """
     # Without O_NONBLOCK, to open a pipe waits for who writes to it. Judged once it is open, so that nobody swaps it.
     file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     if stat.S_ISREG(os.fstat(file).st_mode):
         return os.fdopen(file, "rb")
     os.close(file)
-    raise OSError(EINVAL, "it is no regular file", str(path))
+    raise OSError(EINVAL, "it is not a regular file", str(path))
 
 
 def check_place(path: Path, beside_it: Iterable[str]) -> None:
@@ -130,7 +130,7 @@ def create_folder(path: Path) -> None:
 
 
 def is_of_another_user(path: Path) -> bool:
-    """True if a file is there and belongs to another user; False also where users cannot be told, as on Windows."""
+    """True if a file is there and belongs to another user; False also where files have no owner, as on Windows."""
     try:
         return os.name != "nt" and path.stat().st_uid != os.geteuid()
     except OSError:
@@ -219,7 +219,7 @@ def partial(path: Path, *, overwrite: bool, as_folder: bool = False, follows: bo
     never under `path`. A link stays, and what it leads to is replaced; without `follows`, the link itself.
 
     Raises:
-        FileExistsError: `path` exists, and `overwrite` is False; or it is no regular file, nor, with `as_folder`, a
+        FileExistsError: `path` exists, and `overwrite` is False; or it is not a regular file, nor, with `as_folder`, a
             dataset of days.
         FileNotFoundError: The folder of `path` does not exist.
     """

@@ -160,7 +160,7 @@ def identifier(name: str, given: Any) -> str:
 
 
 def uuid_of(name: str, given: Any) -> UUID:
-    """Return a UUID, given as one or as text; TypeError for anything else, ValueError for text that is none."""
+    """Return a UUID, given as one or as text; TypeError for anything else, ValueError for other text."""
     try:
         return given if isinstance(given, UUID) else UUID(_text(name, given))
     except ValueError:

@@ -124,7 +124,7 @@ class Grouping(NamedTuple):
     Attributes:
         by: Columns, and words of `TIMES`.
         bucket: Length of the buckets of time.
-        zone: In which hours and days are told.
+        zone: Whose hours and days are meant.
     """
 
     by: tuple[str, ...]

@@ -63,7 +63,7 @@ def require_engine(engine: object) -> None:
 
 
 def require_session(session: object, model: type, *, atomic: bool) -> None:
-    """Return if the store can work in `session`, as far as can be told before it is connected.
+    """Return if the store can work in `session`, as far as can be known before it is connected.
 
     Args:
         session: What the host handed in.

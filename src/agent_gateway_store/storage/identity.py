@@ -19,7 +19,7 @@ IS_APART = (
     "DATABASE_READ_URL leads to a server of its own, as after a promotion, and to no standby of the one in "
     "DATABASE_URL: what is read there grows old. Point both URLs at one primary and its standbys."
 )
-"""What to say of a server that is no replica any more."""
+"""What to say of a server that is not a replica any more."""
 IDENTITY = select(identity_table.c.identity)
 _RESTORED = Statement(IDENTITY.where(identity_table.c.history_id.is_not(None)))
 

@@ -214,7 +214,7 @@ class RedisCache:
         cursor, is_over = 0, False
 
         async def scan(client: RedisClient) -> tuple[int, list[bytes | str]]:
-            # As bytes: others may have keys like these that are no text.
+            # As bytes: others may have keys like these that are not text.
             return await client.scan(cursor, match=pattern, count=_SCAN_KEYS, **{NEVER_DECODE: ""})
 
         while not is_over:
@@ -266,7 +266,7 @@ class RedisCache:
                 # Not a fault of Redis: a client that decodes met bytes, or the host itself uses the whole pool.
                 return None
             except REDIS_FAULTS as exc:
-                # A replica that is no member says MASTERDOWN, which is to redis-py a kind of CLUSTERDOWN.
+                # A replica outside of a cluster says MASTERDOWN, which is to redis-py a kind of CLUSTERDOWN.
                 if isinstance(exc, _OF_CLUSTERS) and not isinstance(exc, MasterDownError):
                     if self.client is not None:
                         self._drop_cluster()

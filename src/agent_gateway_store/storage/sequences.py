@@ -51,7 +51,7 @@ async def require_next_id(driver: asyncpg.Connection, table: str = "audit_events
 
 
 async def require_next_id_on(connection: AnyConnection, table: str) -> None:
-    """Do as `require_next_id` on a connection of either kind. SQLite always goes on after the highest id."""
+    """Check as `require_next_id` does, on a connection of either kind. SQLite always goes on after the highest id."""
     if connection.dialect.driver == "asyncpg":
         await require_next_id(await _driver_of(connection), table)
 

@@ -124,7 +124,7 @@ def sqlite_engine(url: URL, pool_size: int) -> AsyncEngine:
     """Return an engine for a SQLite URL: see `create_engine`."""
     path = sqlite_file(url)
     if path is not None and not path.is_absolute():
-        # Connections that come later, and whoever asks the engine for its URL, must find the same file.
+        # Later connections, and callers that ask the engine for its URL, must find the same file.
         url = url.set(database=_from_here(str(url.database)))
     file = _File(path, is_made=url.query.get("mode", "rwc") == "rwc")
     engine = create_async_engine(

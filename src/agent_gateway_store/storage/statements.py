@@ -86,11 +86,11 @@ class Statement:
         return next(iter(await self.rows(connection, values)), None)
 
     async def one(self, connection: AnyConnection, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Do as `first`, for a statement that always gives a row."""
+        """Return the first row of a statement that always gives one."""
         return (await self.rows(connection, values))[0]
 
     async def rows(self, connection: AnyConnection, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Do as `first`, and return every row."""
+        """Run the statement, and return every row."""
         rows = await self._run(connection, values, _text_or_bytes)
         return list(map(self.compiled(connection.dialect).read, rows))
 

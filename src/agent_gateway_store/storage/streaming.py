@@ -51,7 +51,7 @@ async def _long_read(driver: Any, isolation: str = "read_committed") -> AsyncIte
         await driver.execute(_LONG_READ)
         yield
     except TimeoutError:
-        # A ROLLBACK would wait for its answer as long again; whoever has the connection closes it.
+        # A ROLLBACK would wait for its answer as long again; its user closes it.
         raise
     except BaseException:
         await transaction.rollback()
@@ -179,7 +179,7 @@ async def streamed(
 
 @asynccontextmanager
 async def ended_with(database: Database, batches: AsyncGenerator[T, None]) -> AsyncIterator[AsyncGenerator[T, None]]:
-    """Do as `aclosing`; the database, too, closes the generator with itself while its consumer does nothing."""
+    """Close as `aclosing` does; the database, too, closes the generator with itself while its consumer does nothing."""
     database.streams.add(batches)
     try:
         yield batches

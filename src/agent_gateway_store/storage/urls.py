@@ -211,7 +211,7 @@ def _postgresql(url: URL, named: list[str], *, reads: bool) -> tuple[URL, dict[s
         # For people; what is connected to are the options.
         url = url.set(host=servers[0][0], port=servers[0][1])
         text = {name: value for name, value in text.items() if name not in ("host", "port")}
-    # A standby first in the list is no place to write.
+    # A standby first in the list takes no writes.
     target = ("prefer-standby" if servers else "any") if reads else "read-write" if servers else None
     if target is not None:
         query.setdefault("target_session_attrs", target)
@@ -257,7 +257,7 @@ def _tls(
         name = "sslrootcert" if sslrootcert else "sslcert"
         wanted = f"{'set' if sslmode or ssl else 'add'} {'ssl' if ssl else 'sslmode'}=verify-full"
         raise InvalidUrlError(
-            f"{name} in the database URL has no effect where TLS is no must: {wanted}, or remove {name}."
+            f"{name} in the database URL has no effect where TLS is not required: {wanted}, or remove {name}."
         )
     try:
         context = create_default_context(cafile=sslrootcert and str(Path(sslrootcert).expanduser()))

@@ -130,7 +130,7 @@ class NotifierConformance:
         )
 
     def test_takes_the_same_notice_again(self, notifier: Notifier) -> None:
-        """A notice can arrive more than once, under one delivery id; the second time is no error."""
+        """A notice can arrive more than once, under one delivery id; the second time is not an error."""
         notice = make_notice()
         self._delivers(notifier, notice)
         self._delivers(notifier, notice)

@@ -73,7 +73,7 @@ class RecordingNotifier:
     def wait(
         self, count: int = 1, *, event: Literal["pending", "decision"] | None = None, timeout_s: float = 5.0
     ) -> list[Notice]:
-        """Do as `wait_for`, blocking; for tests that are not async."""
+        """Wait as `wait_for` does, blocking; for tests that are not async."""
         deadline = time.monotonic() + timeout_s
         while not self._enough(count, event, deadline):
             time.sleep(_POLL_S)

@@ -143,7 +143,7 @@ class Transport:
         async with self._open().stream("POST", where, headers=list(sent.items()), content=body) as got:
             stream = got.extensions["network_stream"]
             if isinstance(stream, _Stream) and not stream.was_read:
-                # It came behind the answer before, and is none to this request.
+                # It came behind the answer before, and does not answer this request.
                 raise NotDeliveredError(f"{url.host} sent an answer before it was asked.")
             found = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in got.headers}
             if not max_body:
