@@ -184,7 +184,6 @@ EVENTS = st.fixed_dictionaries(
 def test_random_holds_keep_what_a_search_finds(
     tmp_path: Path, rows: list[Any], holds: list[Any], sqlite_template: Path
 ) -> None:
-    """What any hold's filters find stays, and nothing else does; the archive holds the rest."""
     asyncio.run(_hold_and_prune(tmp_path, sqlite_template, rows, holds))
 
 
@@ -327,7 +326,6 @@ class TestArchiveFolder:
 
     @pytest.mark.system
     async def test_a_flipped_byte_in_any_file_is_found(self, store: GatewayStore, archive: Path) -> None:
-        """Of Parquet and of the manifest; by the archive itself and by the log."""
         for path in [*archive.rglob("*.parquet"), archive / "manifest.jsonl"]:
             whole = path.read_bytes()
             for place in range(0, len(whole), max(1, len(whole) // 7)):
@@ -423,9 +421,7 @@ def other_values(name: str) -> list[Any]:
 async def test_a_pruner_killed_at_any_step_loses_nothing(
     stride: int, store: GatewayStore, database_url: str, tmp_path: Path
 ) -> None:
-    """kill -9 before its statements and the steps of its files in turn: after each kill every event is in the table or
-    in the archive, in neither twice, and the log verifies; a last run leaves each in one of them.
-    """
+    """After each kill -9 every event is in the table or in the archive, and the log verifies."""
     archive = tmp_path / "a"
     # Every eleventh step, as each takes a second; `-m slow` takes every one.
     kills = await asyncio.to_thread(

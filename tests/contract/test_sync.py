@@ -329,7 +329,6 @@ def test_a_signal_drops_no_event_of_a_call_that_ran(database_url: str) -> None:
 
 @pytest.mark.system
 def test_a_signal_leaves_no_call_half_handed_over(tmp_path: Path) -> None:
-    """No coroutine is made for nothing, of which Python would warn, and a `close` that has begun ends."""
     store = SyncGatewayStore(f"sqlite:///{tmp_path / 'gateway.db'}", redis_url="")
 
     def use(begin: Callable[[], object], method: Callable[[], object]) -> None:
@@ -385,7 +384,6 @@ def test_call_from_its_own_thread_is_refused(store: SyncGatewayStore) -> None:
 
 @pytest.mark.system
 def test_program_that_forgets_to_close_ends(tmp_path: Path) -> None:
-    """Neither a store left open nor a call that never ended keeps the interpreter from ending."""
     program = """
 from agent_gateway_store import SyncGatewayStore
 from builders import CALL, CALLER
