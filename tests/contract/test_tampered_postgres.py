@@ -18,7 +18,6 @@ FUNCTION = "CREATE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ BEGI
 SAYS = """-- It's run after each INSERT INTO audit_events.
 BEGIN /* UPDATE audit_events */ RAISE LOG 'insert into audit_events: %', NEW.id;
 PERFORM pg_notify('siem', E'don\\'t DELETE FROM audit_events');"""
-AFTER = "CREATE TRIGGER lose AFTER INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
 # The type `json` keeps a name that stands twice.
 TWICE = """'{"path": "evil", "path": "x"}'::json"""
 
@@ -28,23 +27,23 @@ TWICE = """'{"path": "evil", "path": "x"}'::json"""
     [
         (
             f"ALTER TABLE audit_events ALTER sanitized_args TYPE json USING {TWICE}",
-            "sanitized_args of audit_events is not of the type jsonb",
+            "audit_events lacks the column sanitized_args jsonb",
         ),
         (
             "ALTER TABLE audit_events ALTER latency_ms TYPE integer",
-            "latency_ms of audit_events is not of the type int8",
+            "audit_events lacks the column latency_ms int8",
         ),
         (
             "ALTER TABLE audit_events ALTER key_id TYPE json USING '1'",
-            "column key_id of audit_events is not of the type text",
+            "audit_events lacks the column key_id text",
         ),
         (
             "ALTER TABLE audit_events DROP trace_id, ADD trace_id text GENERATED ALWAYS AS ('x') STORED",
-            "The column trace_id of audit_events is not of the type text, or is computed",
+            "audit_events lacks the column trace_id text, or computes it",
         ),
-        ("ALTER TABLE audit_leaves ALTER salt TYPE text", "The column salt of audit_leaves is not of the type bytea"),
-        ("ALTER TABLE audit_tiles ALTER level TYPE bigint", "The column level of audit_tiles is not of the type int4"),
-        ("ALTER TABLE audit_checkpoints ALTER size TYPE text", "size of audit_checkpoints is not of the type int8"),
+        ("ALTER TABLE audit_leaves ALTER salt TYPE text", "audit_leaves lacks the column salt bytea"),
+        ("ALTER TABLE audit_tiles ALTER level TYPE bigint", "audit_tiles lacks the column level int4"),
+        ("ALTER TABLE audit_checkpoints ALTER size TYPE text", "audit_checkpoints lacks the column size int8"),
         ("ALTER TABLE audit_events SET UNLOGGED", "audit_events is UNLOGGED"),
         ("CREATE TABLE kid () INHERITS (audit_events)", "audit_events has tables that inherit from it"),
         ("CREATE TABLE kid () INHERITS (audit_leaves)", "audit_leaves has tables that inherit from it"),
@@ -55,23 +54,6 @@ TWICE = """'{"path": "evil", "path": "x"}'::json"""
         (
             f"{FUNCTION}; CREATE TRIGGER lose BEFORE INSERT ON audit_leaves FOR EACH ROW EXECUTE FUNCTION theirs()",
             "audit_leaves has the trigger lose that runs before INSERT",
-        ),
-        *(
-            (f"{FUNCTION.replace('BEGIN', f'BEGIN {text};')}; {AFTER}", "lose, whose text writes to the log")
-            for text in (
-                "SET LOCAL session_replication_role = replica",
-                "PERFORM set_config('session_replication_role', 'replica', true)",
-                "DELETE FROM ONLY audit_events",
-                "RAISE LOG E'it\\'s --'; EXECUTE format('DELETE FROM audit_events WHERE id = %s', NEW.id)",
-            )
-        ),
-        (
-            f"{FUNCTION} SET session_replication_role = replica; {AFTER}",
-            "lose, whose text writes to the log",
-        ),
-        (
-            "CREATE RULE lose AS ON INSERT TO audit_events DO ALSO DELETE FROM audit_events WHERE caller_id = 'x'",
-            "lose, whose text writes to the log",
         ),
     ],
 )

@@ -27,7 +27,14 @@ async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Call
     with pytest.raises(errors.StoreUnavailableError, match="may not do this: grant it the right to table t"):
         async with user.connection("autocommit") as runner:
             await runner.driver.execute("INSERT INTO t VALUES (1)")  # type: ignore[union-attr]
+    async with admin.write() as connection:
+        await connection.execute(text(f"ALTER ROLE {role} CONNECTION LIMIT 0"))
+    late = opened(url.set(username=role, password="secret").render_as_string(hide_password=False))
+    with pytest.raises(errors.StoreUnavailableError, match="or the CONNECTION LIMIT of the role"):
+        async with late.connection("autocommit"):
+            pass
     await user.close()
+    await late.close()
     async with admin.write() as connection:
         await connection.execute(text(f"DROP ROLE {role}"))
     await admin.close()

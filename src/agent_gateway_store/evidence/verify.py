@@ -103,7 +103,7 @@ _GAP = r"(?:[ \t\n\f\r]|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)"
 _QUOTED = r"""(?:"(?:[^"]|"")*"|`(?:[^`]|``)*`|'(?:[^']|'')*'|\[[^]]*\])"""
 _NOT_BEFORE_INSERT = re.compile(
     rf"CREATE TRIGGER (?:[\w$]+{_GAP}|{_QUOTED}){_GAP}*"
-    rf"(?:(?P<insert>AFTER{_GAP}+INSERT)|(?:(?:BEFORE|AFTER){_GAP}+)?(?:UPDATE|DELETE)){_GAP}",
+    rf"(?:AFTER{_GAP}+INSERT|(?:(?:BEFORE|AFTER){_GAP}+)?(?:UPDATE|DELETE)){_GAP}",
     re.IGNORECASE,
 )
 _STRANGE = Statement(
@@ -231,17 +231,12 @@ async def _strange(reader: Snapshot) -> tuple[list[str], list[str]]:
     """Return what `_STRANGE` names: why nothing may be read, and what is to be said all the same."""
     said: tuple[list[str], list[str]] = [], []
     for row in await reader.fetched(_STRANGE):
-        fault, name, trigger, body = map(str, row)
-        if fault in ("trigger", "other"):
-            head = _NOT_BEFORE_INSERT.match(body)
-            # Those of others that refuse changes may say so in such words.
-            if append_only.writes_log(body) and (head is None or head["insert"]):
-                fault = "writes"
-            elif name not in LOG_TABLES or body in _OURS:
+        fault, name, what, *sql = map(str, row)
+        if sql and fault == "trigger":
+            if name not in LOG_TABLES or sql[0] in _OURS:
                 continue
-            elif head is not None:
-                fault = "other"
-        said[fault in ("other", "off")].append(_FAULTS[fault].format(*map(escape, (name, trigger, body))))
+            fault = "other" if _NOT_BEFORE_INSERT.match(sql[0]) else fault
+        said[fault in ("other", "off")].append(_FAULTS[fault].format(escape(name), escape(what)))
     return said
 
 
@@ -252,14 +247,12 @@ _FAULTS = {
     "unlogged": "{} is UNLOGGED: a crash of the server would empty it, and a replica shows nothing. Nothing was read.",
     "rule": "{} has a rule that replaces INSERT, so that new rows are lost or go elsewhere. Nothing was read.",
     "trigger": "{0} has the trigger {1} that runs before INSERT, and can drop or change new rows. Nothing was read.",
-    "writes": "{} has the trigger or rule {}, whose text writes to the log, or lets it be changed. Nothing was read.",
     "other": "{} has the trigger or rule {}, which is not the store's: it can change or delete new events before they "
     "are sealed, though writes say STORED. Find out whose it is.",
     "off": "Some sessions fire no triggers, so that rows of the log can be changed: run `{1}` as a superuser.",
     "twice": "{} has no unique constraint on {}: one row may be counted for another. Nothing was read: create it again "
     "(`gateway-store db check` names it).",
-    "column": "The column {1} of {0} is not of the type {2}, or is computed: it can say more than was sealed. Nothing "
-    "was read.",
+    "column": "{} lacks the column {}, or computes it: it can say more than was sealed. Nothing was read.",
 }
 
 

@@ -96,7 +96,10 @@ _HINTS = (
         "a policy of row-level security hides rows from this role: run it as a role to which no policy applies",
     ),
     ("insufficientprivilege", "the database user may not do this: grant it the right to {object}"),
-    ("toomanyconnections", "the database has no connection left: raise max_connections or lower the pool"),
+    (
+        "toomanyconnections",
+        "no connection is left: raise max_connections or the CONNECTION LIMIT of the role, or lower the pool",
+    ),
     ("unable to open database file", "the file cannot be opened: check that its folder exists and is writable"),
     (
         "database file was removed",
