@@ -208,6 +208,20 @@ async def test_changed_object_is_refused_and_changes_nothing(store: GatewayStore
     assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
 
 
+@BOTH
+async def test_cancelled_anywhere_the_same_request_can_be_asked_again(store: GatewayStore) -> None:
+    for steps in range(0, 60, 3):
+        request = make_request(request_id=f"r-{steps}")
+        cancelled = asyncio.create_task(store.approvals.issue_token(request))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        token = await store.approvals.issue_token(request)
+
+        assert (await store.approvals.approve(token, "anna")).approval_id == request.approval_id
+
+
 async def test_both_notices_are_written(database_url: str) -> None:
     """Approvers learn that the old one is cancelled and that the new one waits."""
     notifier = RecordingNotifier()

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import telemetry
-from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import decisions
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.decisions import VoteInput
@@ -18,33 +17,12 @@ from agent_gateway_store.approval.queries import ApprovalRef, StoredApproval, re
 from agent_gateway_store.approval.waiting import Waiting
 from agent_gateway_store.hooks.dispatch import Vetoes
 from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
-from agent_gateway_store.models.delivery import Leased
-from agent_gateway_store.models.values import Notice
 from agent_gateway_store.settings import StoreSettings
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.cache import RedisClient
 from agent_gateway_store.storage.database import AnyConnection, SessionTransactions, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.redis_cache import RedisCache
-
-
-@dataclass(slots=True)
-class Askers:
-    """The calls that ask with one token at the same time: a call and its retries.
-
-    Attributes:
-        count: How many are not over.
-        is_answered: One of them has returned the token.
-        is_first: No earlier call had the token, so these may withdraw the approval.
-        version: Of the approval, as they left it; 0: they wrote nothing.
-        unsent: The notice that the new approval waits, until it is sent, and its rows.
-    """
-
-    count: int = 0
-    is_answered: bool = False
-    is_first: bool = False
-    version: int = 0
-    unsent: tuple[Notice, Leased] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +36,6 @@ class ApprovalBackend:
         outbox: Who is notified of changes.
         vetoes: The plugins that may object to a vote; None: none.
         waiting: Wakes the tasks that wait for decisions; None: they poll.
-        background: As for `Asking`; None for a session of the caller's.
-        askers: As for `Asking`.
     """
 
     transactions: Transactions
@@ -68,8 +44,6 @@ class ApprovalBackend:
     outbox: Outbox = field(default_factory=lambda: PersistOnlyOutbox(()))
     vetoes: Vetoes | None = None
     waiting: Waiting | None = None
-    background: BackgroundTasks | None = None
-    askers: dict[str, Askers] = field(default_factory=dict)
 
 
 def in_session(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import logging
 import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,9 +10,8 @@ from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store._concurrency import BackgroundTasks
-from agent_gateway_store.approval.changes import Askers, Changes
-from agent_gateway_store.approval.outbox_rows import Change, Outbox, insert_with_deliveries, notice_of, take_back
+from agent_gateway_store.approval.changes import Changes
+from agent_gateway_store.approval.outbox_rows import Change, Outbox, insert_with_deliveries, notice_of
 from agent_gateway_store.approval.queries import StoredApproval
 from agent_gateway_store.approval.statements import (
     CANCEL_OTHER_TERMS,
@@ -24,29 +21,22 @@ from agent_gateway_store.approval.statements import (
     REISSUE,
     REPEAT,
     SAME_CALL,
-    WITHDRAW,
 )
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.errors import (
     ApprovalError,
     ApprovalMismatchError,
-    GatewayStoreError,
-    StoreUnavailableError,
     TooManyPendingError,
 )
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.delivery import Leased
-from agent_gateway_store.models.values import ApprovalStatus, Notice, ToolCall
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.sequences import require_next_id_on
 
-_WITHDRAW_S = 5.0  # chosen: a database that is well writes a few rows in milliseconds
-_MAY_WAIT = "Approval %s may wait until it expires, for nobody: the task that asked was cancelled, and %s"
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
-
-_logger = logging.getLogger("agent_gateway_store.approvals")
 
 
 class Issued(NamedTuple):
@@ -56,13 +46,11 @@ class Issued(NamedTuple):
         approval: As it stands.
         is_new: False: it is the pending approval of the same call, under the new token.
         leased: The rows of its notice that are leased to this process.
-        is_repeated: True: a call before had the same token for it, and may have returned it.
     """
 
     approval: StoredApproval
     is_new: bool
     leased: Leased
-    is_repeated: bool = False
 
 
 def issue_values(
@@ -169,51 +157,28 @@ def already_issued(values: Mapping[str, Any]) -> ApprovalError:
 
 
 class Asking:
-    """Asks for approvals, and withdraws what a caller asked that was cancelled before it had its token.
+    """Asks for approvals.
 
     Args:
         changes: Where approvals are kept, and who learns of them.
-        background: Where the asking runs to its end, so that it is known what is to be withdrawn. None: in the task of
-            the caller, whose session no other task can use; nothing is withdrawn.
-        askers: Who asks now, by token.
     """
 
-    def __init__(self, changes: Changes, *, background: BackgroundTasks | None, askers: dict[str, Askers]) -> None:
-        self._changes, self._background, self._askers = changes, background, askers
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
 
     async def issue(self, values: dict[str, Any]) -> str:
         """Ask, and return the token; `values` and errors as for `issue_values` and `ApprovalManager.issue_token`."""
-        if self._background is None:
-            issued = await self._ask(values)
-            if issued.is_new:
-                self._changes.outbox.send(*_new_notice(issued))
-            return str(values["p_token"])
-        askers = self._askers.setdefault(values["p_token"], Askers())
-        askers.count += 1
-        asking = self._background.start(self._ask(values))
-        try:
-            issued = await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            self._background.start(self.withdraw(asking, values))
-            raise
-        except Exception:
-            self._background.start(self._withdraw_unanswered(values, askers))
-            raise
-        _add_result(askers, issued)
-        askers.is_answered = True
-        self._finish(values, askers)
-        return str(values["p_token"])
-
-    async def _ask(self, values: dict[str, Any]) -> Issued:
         issued = await self._insert(values)
         self._changes.waiting.note_change()
         approval, token = issued.approval, str(values["p_token"])
+        if issued.is_new:
+            self._changes.outbox.send(notice_of(approval.request, "pending"), issued.leased)
         old = None if issued.is_new else await self._changes.cache.token_of(approval.request.approval_id)
         await self._changes.cache.put(approval, token, is_known=False)
         if old is not None and old != token:
             # It no longer names the approval, and its entry would go on answering for it.
             await self._changes.cache.drop(old)
-        return issued
+        return token
 
     async def _insert(self, values: dict[str, Any]) -> Issued:
         for _ in range(_TRIES):
@@ -245,9 +210,7 @@ class Asking:
                 # The token belongs to the approval of another call.
                 raise already_issued(values) from None
             row = reissued or await REPEAT.first(connection, values)
-        if row is None:
-            return None
-        return Issued(StoredApproval.from_row(row), False, Leased({}, 0), is_repeated=not reissued)
+        return None if row is None else Issued(StoredApproval.from_row(row), False, Leased({}, 0))
 
     @retry_conflicts
     async def _close_and_insert(self, values: dict[str, Any]) -> tuple[list[Change], Issued | None]:
@@ -267,71 +230,3 @@ class Asking:
             if issued is None:
                 await require_room(connection, values)
             return changes, issued
-
-    async def withdraw(self, asking: asyncio.Task[Issued], values: dict[str, Any]) -> None:
-        """Cancel what `asking` asks, once that has ended, unless another call has the token. Raises no error of ours.
-
-        Notifiers that were not notified of the asking are not notified of its end either. Where `asking` fails, nothing
-        is cancelled: what stands under the token may be what another process has asked.
-        """
-        await asyncio.wait([asking])
-        askers = self._askers[values["p_token"]]
-        error = None if asking.cancelled() else asking.exception()
-        if isinstance(error, StoreUnavailableError):
-            _logger.warning(_MAY_WAIT, values["p_approval_id"], error)
-        elif error is None and not asking.cancelled():
-            _add_result(askers, asking.result())
-        await self._withdraw_unanswered(values, askers)
-
-    async def _withdraw_unanswered(self, values: dict[str, Any], askers: Askers) -> None:
-        """Cancel what was asked, if no call has returned the token or still may, and count one call less."""
-        tried = 0
-        # Again if a retry has come and gone meanwhile. One that stays decides itself what becomes of the approval.
-        while askers.count == 1 and askers.is_first and not askers.is_answered and askers.version > tried:
-            tried = askers.version
-            try:
-                async with asyncio.timeout(_WITHDRAW_S):
-                    change = await self._withdraw({**values, "p_version": tried}, askers)
-                if change is not None:
-                    askers.unsent = None
-                    await self._changes.publish(change)
-                    _logger.info(
-                        "Approval %s was withdrawn: the task that asked was cancelled.", values["p_approval_id"]
-                    )
-            except (GatewayStoreError, TimeoutError) as exc:
-                _logger.warning(_MAY_WAIT, values["p_approval_id"], exc)
-        self._finish(values, askers)
-
-    @retry_conflicts
-    async def _withdraw(self, values: dict[str, Any], askers: Askers) -> Change | None:
-        async with self._changes.transactions.connection("transaction") as connection:
-            row = await WITHDRAW.first(connection, values)
-            if row is None:
-                return None
-            approval, unsent = StoredApproval.repaired(row), askers.unsent
-            left = await take_back(connection, approval, is_leased=unsent is not None and bool(unsent[1].ids))
-            if not left and unsent is not None:
-                return Change(approval, None, Leased({}, 0))
-            # Somebody was notified that it waits.
-            (change,) = await self._changes.enqueue(connection, [approval])
-            return change
-
-    def _finish(self, values: dict[str, Any], askers: Askers) -> None:
-        askers.count -= 1
-        if askers.count == 0:
-            del self._askers[values["p_token"]]
-        # Also where another process has the token, or somebody has voted, so that it was not withdrawn.
-        if askers.unsent is not None and (askers.is_answered or askers.count == 0):
-            self._changes.outbox.send(*askers.unsent)
-            askers.unsent = None
-
-
-def _add_result(askers: Askers, issued: Issued) -> None:
-    askers.is_first |= not issued.is_repeated
-    askers.version = max(askers.version, issued.approval.request.version)
-    if issued.is_new:
-        askers.unsent = _new_notice(issued)
-
-
-def _new_notice(issued: Issued) -> tuple[Notice, Leased]:
-    return notice_of(issued.approval.request, "pending"), issued.leased

@@ -69,7 +69,7 @@ class ApprovalManager:
         self._waiting = backend.waiting or Waiting(None, trust_s=trust_s)
         self._cache = ApprovalCache(backend.redis, trust_s=trust_s)
         self._changes = Changes(self._transactions, backend.outbox, self._cache, self._waiting)
-        self._asking = issuing.Asking(self._changes, background=backend.background, askers=backend.askers)
+        self._asking = issuing.Asking(self._changes)
         self._acquiring = Acquiring(self._changes)
 
     @property
@@ -85,9 +85,8 @@ class ApprovalManager:
         approval is cancelled and a new one is asked, in one transaction: no vote for other terms counts. `request`
         itself is not changed.
 
-        A caller that is cancelled before it has the token leaves nothing behind: what was asked is withdrawn in the
-        background, and no notifier receives it unless a worker elsewhere was faster. (What a session of the caller's
-        has committed stands.)
+        A caller that is cancelled before it has the token may leave an approval that nobody uses: it waits until it is
+        asked for again, decided or expired.
 
         Args:
             request: Its `tool_call` is what approvers see. Its `expires_at`, if None, becomes now +

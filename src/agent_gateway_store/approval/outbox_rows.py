@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 from uuid import UUID, uuid4
 
-from sqlalchemy import Float, Integer, Text, Uuid, column
+from sqlalchemy import Float, Text, Uuid, column
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.types import TypeEngine
@@ -214,37 +214,6 @@ _ENQUEUE = sql_statement(
     payload={"postgresql": "CAST(payload AS JSONB)", "sqlite": "payload"},
     given={dialect: _NOTICES.sql(dialect) for dialect in _DUE},
 )
-
-
-_DELETE_UNSENT = sql_statement(
-    """
-    DELETE FROM notification_deliveries
-    WHERE approval_id = :p_approval_id AND event = 'pending' AND status || '' = 'DUE' AND attempts <= :p_attempts
-    RETURNING id
-    """,
-    (_deliveries.c.id,),
-    types={"p_attempts": Integer()},
-)
-_FIRST_SENT = sql_statement(
-    "SELECT id FROM notification_deliveries WHERE approval_id = :p_approval_id AND event = 'pending' LIMIT 1",
-    (_deliveries.c.id,),
-)
-
-
-async def take_back(connection: AnyConnection, approval: StoredApproval, *, is_leased: bool) -> bool:
-    """Delete the rows by which notifiers would learn that an approval waits; does not commit.
-
-    Args:
-        connection: In a transaction.
-        approval: Which one.
-        is_leased: Its rows are leased to this process, which sends them only after the caller has its answer.
-
-    Returns:
-        True if a row is left: it was sent, or is being sent.
-    """
-    values = {"p_approval_id": approval.request.approval_id, "p_attempts": int(is_leased)}
-    await _DELETE_UNSENT.rows(connection, values)
-    return await _FIRST_SENT.first(connection, values) is not None
 
 
 async def insert_with_deliveries(

@@ -256,13 +256,6 @@ CANCEL_OTHER_TERMS = sql_statement("""
     RETURNING {returning}
     """)
 
-WITHDRAW = sql_statement("""
-    UPDATE approval_requests SET status = 'CANCELLED', version = version + 1,
-        approver_id = caller_id, approver_note = 'The task that asked was cancelled.', decision_at = {now}
-    WHERE token = :p_token AND version = :p_version AND {is_pending}
-    RETURNING {returning}
-    """)
-
 EXPIRE_SAME_CALL = sql_statement("""
     UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
     WHERE {same_call} AND {is_overdue}
