@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -53,7 +52,7 @@ async def say_late(store: GatewayStore, delivery: Delivery) -> None:
     """Let a worker say each of these, and require that the row stays as it is."""
     before = await rows(store, STATE)
     for result in results(delivery):
-        await record(store.database, [result], POLICY)
+        await record(store.database, [result])
         assert await rows(store, STATE) == before
 
 
@@ -62,25 +61,9 @@ async def test_a_late_result_takes_no_row_from_the_worker_that_has_it(database_u
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
         await say_late(store, late)
-        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)], POLICY)
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)])
 
         assert [row[:2] for row in await rows(store, "status, attempts")] == [("DELIVERED", 2)]
-
-
-async def test_a_late_result_is_none_of_a_dead_letter_that_is_sent_again(database_url: str) -> None:
-    """Its attempts count from 1 again, so that a worker that outlived its lease may have had the same number."""
-    async with quiet_store(database_url) as store:
-        late, held = await claimed_twice(store)
-        # The clock was moved, and this machine's was not.
-        late = replace(late, leased_at=late.leased_at - POLICY.lease_s - 1)
-        await record(store.database, [AttemptResult(held, DeliveryStatus.DEAD, 2)], POLICY)
-        assert await store.notifications.redrive() == 1
-        (again,) = await claim(store.database, "post", 10, POLICY)
-        assert again.attempt == late.attempt
-        await say_late(store, late)
-        await record(store.database, [AttemptResult(again, DeliveryStatus.DEAD, 1)], POLICY)
-
-        assert [row[:2] for row in await rows(store, "status, attempts")] == [("DEAD", 1)]
 
 
 @pytest.mark.parametrize("status", list(DeliveryStatus))
@@ -88,7 +71,7 @@ async def test_a_late_result_overwrites_no_other(database_url: str, status: Deli
     """Whatever the second worker recorded stays as it is."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
-        await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")], POLICY)
+        await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")])
         await say_late(store, late)
 
 
@@ -96,12 +79,12 @@ async def test_a_late_delivery_counts_once(database_url: str) -> None:
     """What was delivered was delivered, also after the lease; a second time changes nothing."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
-        await record(store.database, [AttemptResult(late, DeliveryStatus.DELIVERED, 1)], POLICY)
+        await record(store.database, [AttemptResult(late, DeliveryStatus.DELIVERED, 1)])
         delivered = await rows(store, STATE)
         assert delivered[0][:2] == ("DELIVERED", 1)
         clock.move(timedelta(seconds=5))
         await say_late(store, held)
-        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)], POLICY)
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)])
 
         assert await rows(store, STATE) == delivered
 
@@ -121,7 +104,7 @@ async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -
             assert before < delivery.leased_at < time.monotonic()
             assert await claim_next(store.database, about, POLICY) == []
             assert await claim(store.database, "post", 10, POLICY) == []
-            await record(store.database, [AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt)], POLICY)
+            await record(store.database, [AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt)])
             assert delivery.notice is not None
             events.append((delivery.notice.event, delivery.notice.status.value))
 

@@ -221,38 +221,6 @@ async def test_hung_or_restarted_redis_lets_no_revoked_key_live_longer(database_
             await refused(store, keys[2])
 
 
-async def test_a_revocation_that_redis_did_not_take_is_sent_again(database_url: str) -> None:
-    """A key is revoked while its store leaves Redis alone after a fault: others hear of it once Redis is used again,
-    long before their trust ends, and nothing is left behind."""
-    with servers.RedisServer() as server:
-        options: dict[str, Any] = {"redis_url": server.url}
-        async with GatewayStore(database_url, **options) as store, GatewayStore(database_url, **options) as other:
-            keys = [await issue(store, f"agent-{number}") for number in range(2)]
-            await answer(store, keys[0])
-            await hears(store)
-            assert [await answer(store, key) for key in keys] == ["good"] * 2
-            server.pause()
-            await other.keys.revoke("agent-0")
-            server.resume()
-            assert not parts_of(other).redis.is_available
-            await other.keys.revoke("agent-1")
-            assert await answer(store, keys[1]) == "good"
-
-            await refused(store, keys[1])
-            await until(lambda: not parts_of(other).key_cache.background)
-
-
-async def test_closing_does_not_wait_for_redis_to_come_back(database_url: str) -> None:
-    """A store that still has a revocation to tell closes at once."""
-    with servers.RedisServer() as server:
-        async with GatewayStore(database_url, redis_url=server.url) as store:
-            await issue(store)
-            server.kill()
-            await store.keys.revoke("dev-agent")
-            start = time.monotonic()
-        assert time.monotonic() - start < 5
-
-
 _GATEWAY = """
 import asyncio, sys
 from agent_gateway_store import GatewayStore, errors

@@ -39,15 +39,11 @@ class Slow:
 class Kept:
     """In place of the recorder: keeps the results."""
 
-    def __init__(self, *delivered: UUID) -> None:
+    def __init__(self) -> None:
         self.results: list[AttemptResult] = []
-        self.delivered = delivered
 
     def add(self, result: AttemptResult) -> None:
         self.results.append(result)
-
-    def is_delivered(self, delivery_id: UUID) -> bool:
-        return delivery_id in self.delivered
 
 
 def queue_over(dispatcher: Any, recorder: Any) -> NotifierQueue:
@@ -128,18 +124,6 @@ async def test_what_outlived_its_lease_in_the_queue_is_not_sent() -> None:
     assert [(result.status, result.attempts) for result in recorder.results] == [("DUE", 0)]
 
 
-async def test_what_was_delivered_is_not_sent_again_before_that_is_recorded() -> None:
-    """While the database is away the lease of a delivered row ends, and this worker claims it again."""
-    again = delivery()
-    dispatcher, recorder = Slow(), Kept(again.delivery_id)
-    queue = queue_over(dispatcher, recorder)
-    queue.put(again)
-
-    assert queue.is_idle
-    assert ids(recorder.results) == [(again.delivery_id, "DELIVERED")]
-    assert dispatcher.given == []
-
-
 async def test_what_waits_goes_back_when_it_is_closed() -> None:
     """No attempt begins any more, neither of what is here nor of what comes."""
     dispatcher, recorder = Slow(), Kept()
@@ -169,7 +153,7 @@ async def test_what_is_behind_a_notice_may_go_once_that_has_ended(
     """Not behind one that is due again: it would be claimed and put back without a pause."""
     looked_for: list[tuple[str, UUID]] = []
 
-    async def record(_transactions: Any, _results: Any, _policy: Any) -> None:
+    async def record(_transactions: Any, _results: Any) -> None:
         """Record nothing."""
 
     async def claim_next(_transactions: Any, approvals: Iterable[tuple[str, UUID]], _policy: Any) -> list[Delivery]:

@@ -35,8 +35,8 @@ from agent_gateway_store.errors import (
     SelfApprovalError,
 )
 from agent_gateway_store.hooks.dispatch import Vetoes
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalScope, VoteDecision, hash_tool_call
-from agent_gateway_store.models.values import ApprovalStatus, PendingApproval, ToolCall
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalScope, VoteDecision
+from agent_gateway_store.models.values import ApprovalStatus, PendingApproval
 from agent_gateway_store.storage.asyncpg_pool import RawConnection
 from agent_gateway_store.storage.database import AnyConnection, Transactions
 from agent_gateway_store.storage.errors import retry_conflicts
@@ -169,7 +169,7 @@ class Permission(NamedTuple):
     """What an approval must be for.
 
     Attributes:
-        caller_id: Who asked.
+        caller_id: Who asked, as stored.
         scope: What it releases.
         tool_call_hash: Which call; None: whichever it was asked for, since its output is what was approved.
     """
@@ -177,24 +177,6 @@ class Permission(NamedTuple):
     caller_id: str
     scope: ApprovalScope
     tool_call_hash: str | None = None
-
-    @classmethod
-    def of_call(
-        cls, caller_id: str, scope: ApprovalScope, tool_call: ToolCall | Mapping[str, Any], *, hash_key: str | None
-    ) -> Permission:
-        """Return the permission to run this call; `hash_key` as for `issue_values`."""
-        call = tool_call if isinstance(tool_call, ToolCall) else ToolCall.model_validate(tool_call)
-        return cls(storable_key(caller_id), ApprovalScope(scope), hash_tool_call(call, key=hash_key))
-
-    @classmethod
-    def of_output(cls, caller_id: str) -> Permission:
-        """Return the permission to get the output."""
-        return cls(storable_key(caller_id), ApprovalScope.OUTPUT_RELEASE)
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The parameters of statements that it gives."""
-        return {f"p_{field}": value for field, value in self._asdict().items()}
 
 
 @retry_conflicts
@@ -212,7 +194,7 @@ async def use(
     Raises:
         ApprovalError: As `ApprovalManager.consume_token` and `release_output` say.
     """
-    values = {**ref.values, **permission.values}
+    values = {**ref.values, **{f"p_{field}": value for field, value in permission._asdict().items()}}
     if permission.tool_call_hash is not None:
         async with transactions.connection("autocommit") as connection:
             return await _use(connection, CONSUME, ref, values, permission)

@@ -19,7 +19,6 @@ from agent_gateway_store.approval.statements import (
     EXPIRE_SAME_CALL,
     LOCK_CALL,
     REISSUE,
-    REPEAT,
     SAME_CALL,
 )
 from agent_gateway_store.encoding.canonical import hash_json
@@ -205,11 +204,10 @@ class Asking:
             if issued is not None:
                 return issued
             try:
-                reissued = await REISSUE.first(connection, values)
+                row = await REISSUE.first(connection, values)
             except IntegrityError:
                 # The token belongs to the approval of another call.
                 raise already_issued(values) from None
-            row = reissued or await REPEAT.first(connection, values)
         return None if row is None else Issued(StoredApproval.from_row(row), False, Leased({}, 0))
 
     @retry_conflicts

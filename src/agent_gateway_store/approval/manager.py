@@ -19,7 +19,14 @@ from agent_gateway_store.approval.decisions import Permission, VoteInput
 from agent_gateway_store.approval.filters import ApprovalFilters, criteria, waits
 from agent_gateway_store.approval.queries import ApprovalRef, result_of
 from agent_gateway_store.approval.waiting import Waiting
-from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult, ApprovalScope, VoteDecision
+from agent_gateway_store.encoding.sanitize import storable_key
+from agent_gateway_store.models.approval import (
+    ApprovalRequest,
+    ApprovalResult,
+    ApprovalScope,
+    VoteDecision,
+    hash_tool_call,
+)
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.results import Page, Stats
 from agent_gateway_store.settings import StoreSettings
@@ -266,7 +273,8 @@ class ApprovalManager:
             ApprovalAlreadyUsedError: It has released its call.
         """
         ref = ApprovalRef.by_token(token, self._org_id)
-        permission = Permission.of_call(caller_id, scope, tool_call, hash_key=self._hash_key)
+        call_hash = hash_tool_call(ToolCall.model_validate(tool_call), key=self._hash_key)
+        permission = Permission(storable_key(caller_id), ApprovalScope(scope), call_hash)
         approval = await decisions.use(self._transactions, ref, permission, hash_key=self._hash_key)
         return await self._changes.publish_use(approval, token)
 
@@ -286,7 +294,8 @@ class ApprovalManager:
                 match its hash. All other errors are those of `consume_token`.
             StoreUnavailableError: The database is away.
         """
-        ref, permission = ApprovalRef.by_token(token, self._org_id), Permission.of_output(caller_id)
+        ref = ApprovalRef.by_token(token, self._org_id)
+        permission = Permission(storable_key(caller_id), ApprovalScope.OUTPUT_RELEASE)
         approval = await decisions.use(self._transactions, ref, permission, hash_key=self._hash_key)
         await self._changes.publish_use(approval, token)
         return approval.request.output_payload

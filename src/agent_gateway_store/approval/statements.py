@@ -238,14 +238,7 @@ INSERT = sql_statement(INSERT_SQL)
 # The status once more as the index of pending calls has it, here and below.
 REISSUE = sql_statement("""
     UPDATE approval_requests SET token = :p_token, version = version + 1
-    WHERE {same_call} AND status = 'PENDING' AND {is_pending} AND {same_terms} AND token != :p_token
-    RETURNING {returning}
-    """)
-
-# The version grows: from now on the approval is no longer that of the call which had the token before.
-REPEAT = sql_statement("""
-    UPDATE approval_requests SET version = version + 1
-    WHERE {same_call} AND status = 'PENDING' AND {is_pending} AND {same_terms} AND token = :p_token
+    WHERE {same_call} AND status = 'PENDING' AND {is_pending} AND {same_terms}
     RETURNING {returning}
     """)
 

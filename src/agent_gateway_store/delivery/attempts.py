@@ -100,7 +100,6 @@ _RESULTS = RowsParameter(
         "status": Text(),
         "error": Text(),
         "delay_s": Float(53),
-        "lease_left_s": Float(53),
     },
 )
 _TYPES: dict[str, TypeEngine[Any]] = {
@@ -126,7 +125,6 @@ def _statement(sql: str, *names: str) -> Statement:
                 WHERE id IN (SELECT id FROM due)
                 RETURNING {", ".join(names)}
                 """,  # noqa: S608  names of the program's own
-            "lease_end": clock_sql(dialect, plus="given.lease_left_s"),
             "next_time": clock_sql(dialect, plus="given.delay_s"),
             "skip_locked": "FOR UPDATE SKIP LOCKED" if dialect == "postgresql" else "",
             "approvals": _APPROVALS.sql(dialect),
@@ -196,7 +194,7 @@ _RECORD = _statement(
     FROM {results} AS given
     WHERE delivery.delivery_id = given.delivery_id AND (
         given.status = 'DELIVERED' AND delivery.status <> 'DELIVERED'
-        OR delivery.status = 'DUE' AND delivery.attempts = given.attempt AND delivery.next_attempt_at < {lease_end}
+        OR delivery.status = 'DUE' AND delivery.attempts = given.attempt
     )
     RETURNING id
     """,
@@ -269,7 +267,7 @@ def _notice_of(row: dict[str, Any]) -> Notice | None:
 
 
 @retry_conflicts
-async def record(transactions: Transactions, results: Sequence[AttemptResult], policy: Policy) -> None:
+async def record(transactions: Transactions, results: Sequence[AttemptResult]) -> None:
     """Record results in one statement. Of a row that was claimed again meanwhile, only that it was delivered counts.
 
     Raises:
@@ -283,9 +281,6 @@ async def record(transactions: Transactions, results: Sequence[AttemptResult], p
             "status": result.status.value,
             "error": result.error,
             "delay_s": result.delay_s,
-            # A row whose lease ends later is another worker's, also in an attempt of the same number: a dead letter
-            # that is sent again counts from 1.
-            "lease_left_s": result.delivery.leased_at + 1.5 * policy.lease_s - time.monotonic(),
         }
         for result in results
     ]
@@ -298,16 +293,12 @@ class ResultRecorder:
 
     Args:
         transactions: Where the rows are.
-        policy: For how long they are leased.
         on_recorded: Is called with what was recorded, after the commit.
     """
 
-    def __init__(
-        self, transactions: Transactions, policy: Policy, on_recorded: Callable[[Sequence[AttemptResult]], None]
-    ) -> None:
-        self._transactions, self._policy, self._on_recorded = transactions, policy, on_recorded
+    def __init__(self, transactions: Transactions, on_recorded: Callable[[Sequence[AttemptResult]], None]) -> None:
+        self._transactions, self._on_recorded = transactions, on_recorded
         self._queue: BatchQueue[AttemptResult, None] = BatchQueue(self._process, max_items=_MOST_RESULTS)
-        self._delivered: set[UUID] = set()
         self._fault: Exception | None = None
         self._failed = asyncio.Event()
         self._log = OutageLog(_logger)
@@ -319,13 +310,7 @@ class ResultRecorder:
 
     def add(self, result: AttemptResult) -> None:
         """Record `result` soon."""
-        if result.status is DeliveryStatus.DELIVERED:
-            self._delivered.add(result.delivery.delivery_id)
         self._queue.add(result)
-
-    def is_delivered(self, delivery_id: UUID) -> bool:
-        """True if it was delivered and that is not recorded yet."""
-        return delivery_id in self._delivered
 
     async def join(self) -> None:
         """Wait until everything is recorded, however long the database is away."""
@@ -347,12 +332,11 @@ class ResultRecorder:
         await asyncio.sleep(_PAUSE_S)
         while not await self._try(results):
             await asyncio.sleep(_RETRY_S)
-        self._delivered.difference_update(result.delivery.delivery_id for result in results)
         return [None] * len(results)
 
     async def _try(self, results: Sequence[AttemptResult]) -> bool:
         try:
-            await record(self._transactions, results, self._policy)
+            await record(self._transactions, results)
         except StoreNotOpenError:
             return True  # it was closed meanwhile: these are sent again when their lease ends
         except Exception as exc:

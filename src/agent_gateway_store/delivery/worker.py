@@ -63,9 +63,7 @@ class NotifierQueue:
 
     def put(self, delivery: Delivery) -> None:
         """Send it when its turn comes. Where there is no place for it, it goes back as untried."""
-        if self._recorder.is_delivered(delivery.delivery_id):
-            self._recorder.add(AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt))
-        elif self._is_closed or len(self._waiting) >= _MOST_QUEUED:
+        if self._is_closed or len(self._waiting) >= _MOST_QUEUED:
             self._recorder.add(AttemptResult.untried(delivery))
         else:
             self._waiting.append(delivery)
@@ -139,7 +137,7 @@ class DeliveryWorker:
         self, transactions: Transactions, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings
     ) -> None:
         self.policy, self._transactions = Policy.of(settings), transactions
-        self._recorder = ResultRecorder(transactions, self.policy, self._continue)
+        self._recorder = ResultRecorder(transactions, self._continue)
         self._queues = {name: NotifierQueue(name, dispatcher, self._recorder, self.policy) for name in names}
         self._arrived: Counter[str] = Counter()
         self._loops, self._claims = BackgroundTasks(), BackgroundTasks()

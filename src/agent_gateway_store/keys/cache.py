@@ -2,13 +2,12 @@
 
 Entries are found by a keyed digest of the key, so no key is in memory after the call. An answer is trusted for a set
 time, counted from before its row was read, and never beyond the key's own end. A change made here, or published by
-another process, ends the trust at once. A message that Redis does not take is sent again until it does; a process that
-is cut off and receives none trusts its answers for no longer than that time.
+another process, ends the trust at once; a process that a message does not reach trusts its answers for no longer than
+that time.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import secrets
 from collections.abc import Callable, Coroutine
@@ -30,8 +29,6 @@ _TOPIC = "api-key:"
 _UNKNOWN_S = 1.0
 # Chosen: `close` waits so long for the last uses to be written.
 _LAST_WRITES_S = 2.0
-# Chosen: a fraction of the 30 seconds that another process may trust the key by default.
-_PUBLISH_AGAIN_S = 0.25
 
 
 class ReadVersion(NamedTuple):
@@ -180,19 +177,10 @@ class KeyCache:
             await self._pubsub.notify(connection, _TOPIC + key_id)
 
     async def publish(self, key_id: str) -> None:
-        """Drop `key_id` here, then publish to every other process that it has changed.
-
-        If Redis does not answer it is tried again in the background, for as long as another process may trust the key.
-        """
+        """Drop `key_id` here, then publish to every other process that it has changed."""
         self.drop(key_id)
-        if self._pubsub is not None and not await self._pubsub.publish(_TOPIC + key_id):
-            self.background.start(self._publish_again(self._pubsub, key_id, until=clock.monotonic() + self._trusted_s))
-
-    async def _publish_again(self, pubsub: PubSub, key_id: str, *, until: float) -> None:
-        while self._is_open and clock.monotonic() < until:
-            await asyncio.sleep(_PUBLISH_AGAIN_S)
-            if await pubsub.publish_remote(_TOPIC + key_id):
-                return
+        if self._pubsub is not None:
+            await self._pubsub.publish(_TOPIC + key_id)
 
     def _on_change(self, key_id: str | None) -> None:
         if key_id is None:
