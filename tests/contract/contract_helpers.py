@@ -30,6 +30,12 @@ SOON_S = 10.0
 BOTH = pytest.mark.parametrize("redis_setting", ["no-redis", "redis"], indirect=True)
 """Run without and with Redis: for what is read through it, or told through it."""
 WITH_REDIS = pytest.mark.parametrize("redis_setting", ["redis"], indirect=True)
+EACH = pytest.mark.parametrize(
+    ("database_url", "redis_setting"), [("sqlite", "no-redis"), ("postgres", "redis")], indirect=True
+)
+"""Run on each database, once without and once with Redis."""
+POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+"""For what goes the same way on either database."""
 
 BY_TOKEN: list[Callable[[GatewayStore, str], Awaitable[Any]]] = [
     lambda store, token: store.approvals.check_token(token),

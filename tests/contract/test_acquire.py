@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import BOTH, WITH_REDIS, column, seen, topics, until
+from contract_helpers import EACH, WITH_REDIS, column, seen, topics, until
 
 from agent_gateway_store import (
     ApprovalManager,
@@ -40,7 +40,7 @@ async def approve(store: GatewayStore, asked: ApprovalResult, approver_id: str =
     return await store.approvals.approve(approval_id=asked.approval_id, approver_id=approver_id)
 
 
-@BOTH
+@EACH
 async def test_a_call_is_asked_once_and_runs_once(store: GatewayStore, other: GatewayStore) -> None:
     """PENDING for everybody until the decision; then one run, and the next one is asked anew."""
     asked = await acquire(store)
@@ -107,7 +107,7 @@ async def test_the_shown_call_may_hide_what_the_run_call_tells(store: GatewaySto
     assert [str((await run(call)).status) for call in (OTHER_CALL, CALL)] == ["PENDING", "USED"]
 
 
-@BOTH
+@EACH
 async def test_tokens_and_acquired_approvals_do_not_meet(store: GatewayStore) -> None:
     """What was asked by token releases no `acquire`, and the other way round, for the same request id."""
     token = await store.approvals.issue_token(make_request(request_id="r-1"))
@@ -213,7 +213,7 @@ async def test_a_use_of_unknown_outcome_is_told_to_the_next_approver(store: Gate
     )
 
 
-@BOTH
+@EACH
 async def test_notifiers_hear_once_of_each_question(database_url: str, redis_setting: str) -> None:
     """Acquiring again tells nobody; the decision does, and the use does not."""
     recorder = RecordingNotifier()
@@ -227,7 +227,7 @@ async def test_notifiers_hear_once_of_each_question(database_url: str, redis_set
     assert seen(recorder) == [("decision", "APPROVED"), ("pending", "PENDING")]
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(("verb", "status"), [("approve", "USED"), ("deny", "DENIED")])
 async def test_waiting_ends_with_the_decision(store: GatewayStore, other: GatewayStore, verb: str, status: str) -> None:
     """`wait_s` waits for a decision by another process; cancelling a waiter cancels no approval."""

@@ -7,7 +7,7 @@ import itertools
 from uuid import uuid4
 
 import pytest
-from contract_helpers import BOTH, BY_TOKEN, approved, column
+from contract_helpers import BY_TOKEN, EACH, approved, column
 
 from agent_gateway_store import (
     ApprovalStatus,
@@ -22,7 +22,7 @@ from cases import cases
 OTHER_CALL = CALL.model_copy(update={"arguments": {"path": "/tmp/other.txt"}})
 
 
-@BOTH
+@EACH
 async def test_approved_call_is_released_once_and_its_outcome_noted(store: GatewayStore) -> None:
     """PENDING, APPROVED, USED with an outcome: each step is seen by token, by id and in the listing."""
     token = await store.approvals.issue_token(make_request(request_id="r-1"))
@@ -48,7 +48,7 @@ async def test_approved_call_is_released_once_and_its_outcome_noted(store: Gatew
     assert [each.request_id for each in await store.approvals.list_requests(status="USED")] == ["r-1"]
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(("decide", "status"), [(None, "PENDING"), ("deny", "DENIED"), ("cancel", "CANCELLED")])
 async def test_what_is_not_approved_is_not_released(store: GatewayStore, decide: str | None, status: str) -> None:
     """Consuming is refused, and tells how the approval stands and who decided; it stands so afterwards."""
@@ -66,7 +66,7 @@ async def test_what_is_not_approved_is_not_released(store: GatewayStore, decide:
     assert (await store.approvals.check_token(token)).status == status
 
 
-@BOTH
+@EACH
 async def test_cancelling_withdraws_a_pending_and_an_approved_call(store: GatewayStore) -> None:
     """The caller may cancel before and after the approval, but not after the use."""
     pending = await store.approvals.issue_token(make_request())
@@ -82,7 +82,7 @@ async def test_cancelling_withdraws_a_pending_and_an_approved_call(store: Gatewa
         await store.approvals.cancel(used, "dev-agent")
 
 
-@BOTH
+@EACH
 async def test_approval_id_decides_in_place_of_the_token(store: GatewayStore) -> None:
     """Who has the id only can decide, learns no token, and the token sees the decision at once."""
     tokens = [await store.approvals.issue_token(make_request()) for _ in range(3)]
@@ -195,7 +195,7 @@ NAMED = [
 STRANGE = ["no-such-token", "", "\0", "\ud800", "é" * 600, "a" * 2**20, "' OR 1=1 --", "approval:x", str(uuid4())]
 
 
-@BOTH
+@EACH
 async def test_unknown_token_is_not_found(store: GatewayStore) -> None:
     """Whatever an unknown token or id looks like and is used for, the one answer is that there is none."""
     await store.approvals.issue_token(make_request())
@@ -259,7 +259,7 @@ async def test_self_approval_can_be_allowed(database_url: str) -> None:
         assert (await store.approvals.approve(token, "dev-agent")).status == "APPROVED"
 
 
-@BOTH
+@EACH
 async def test_request_that_claims_a_decision_is_still_pending(store: GatewayStore) -> None:
     """The row is asked for, not believed: status, approver, use and version in the request count for nothing."""
     request = make_request(
@@ -276,7 +276,7 @@ async def test_request_that_claims_a_decision_is_still_pending(store: GatewaySto
     assert request.status == "APPROVED"
 
 
-@BOTH
+@EACH
 async def test_token_is_stored_as_its_digest_only(store: GatewayStore) -> None:
     """SQL holds the SHA-256; objects read back and results by id hold no token; no repr shows one."""
     token = await store.approvals.issue_token(make_request())
@@ -304,7 +304,7 @@ async def test_listing_goes_from_newest_to_oldest(store: GatewayStore) -> None:
     assert [each.request_id for each in await store.approvals.list_requests(ApprovalStatus.DENIED)] == ["r-2"]
 
 
-@BOTH
+@EACH
 async def test_text_that_no_database_holds_is_scrubbed(store: GatewayStore) -> None:
     """NUL and lone surrogates in what is asked, said and noted cost nobody an approval."""
     call = CALL.model_copy(update={"arguments": {"pa\0th": "\ud800"}})

@@ -6,13 +6,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 import redis.asyncio
-from contract_helpers import approved, counted_statements
+from contract_helpers import POSTGRES, approved, counted_statements
 
 import servers
 from agent_gateway_store import ApprovalManager, ApprovalScope, GatewayStore, StoreSettings, clock, errors
@@ -21,7 +20,7 @@ from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from agent_gateway_store.store import parts_of
 from builders import CALL, make_request
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [POSTGRES, pytest.mark.usefixtures("no_plugins")]
 
 
 @pytest.fixture
@@ -362,9 +361,9 @@ async def nonsense_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
         yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
 
 
-async def test_a_redis_that_answers_nonsense_is_a_miss(tmp_path: Path, nonsense_url: str) -> None:
+async def test_a_redis_that_answers_nonsense_is_a_miss(database_url: str, nonsense_url: str) -> None:
     """Whatever redis-py makes of a reply, the answer comes from SQL."""
-    async with GatewayStore(f"sqlite:///{tmp_path}/test.db", redis_url=nonsense_url) as store:
+    async with GatewayStore(database_url, redis_url=nonsense_url) as store:
         token = await store.approvals.issue_token(make_request())
         asked = await asyncio.gather(*(store.approvals.check_token(token) for _ in range(20)))
 

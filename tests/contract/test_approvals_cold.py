@@ -7,12 +7,12 @@ from contextlib import suppress
 
 import pytest
 import redis.asyncio
-from contract_helpers import BOTH, Reads, until
+from contract_helpers import EACH, Reads, until
 
 from agent_gateway_store import GatewayStore, StoreSettings, errors
 from builders import make_request
 
-pytestmark = [BOTH, pytest.mark.usefixtures("no_plugins")]
+pytestmark = [EACH, pytest.mark.usefixtures("no_plugins")]
 
 
 @pytest.fixture

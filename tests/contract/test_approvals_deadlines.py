@@ -6,7 +6,7 @@ import asyncio
 from datetime import datetime, timedelta
 
 import pytest
-from contract_helpers import BOTH, approved, column
+from contract_helpers import EACH, approved, column
 from delivery_helpers import settled
 from pydantic import ValidationError
 
@@ -24,7 +24,7 @@ async def the_only(store: GatewayStore) -> ApprovalRequest:
     return row
 
 
-@BOTH
+@EACH
 async def test_default_deadline_is_the_setting(database_url: str, redis_setting: str) -> None:
     """Without `expires_at` an approval waits APPROVAL_TOKEN_TTL_SECONDS from its creation, and no longer."""
     settings = StoreSettings(approval_token_ttl_seconds=90)
@@ -42,7 +42,7 @@ async def test_default_deadline_is_the_setting(database_url: str, redis_setting:
     assert after.expires_at == row.expires_at
 
 
-@BOTH
+@EACH
 async def test_nothing_is_decided_after_the_deadline(store: GatewayStore) -> None:
     """After `expires_at` the status reads EXPIRED and no decision is taken, although no sweep has run."""
     token = await store.approvals.issue_token(make_request(expires_at=clock.utc_now() + HOUR))
@@ -74,7 +74,7 @@ async def test_deadline_is_met_to_the_second(store: GatewayStore) -> None:
         await store.approvals.approve(tokens[1], "approver-1")
 
 
-@BOTH
+@EACH
 async def test_expires_at_ends_the_wait_and_use_before_the_use(store: GatewayStore) -> None:
     """`use_before` alone says until when an approved token can be used, on either side of `expires_at`, which says so
     where it is not given; a pending approval ends at `expires_at`, whatever `use_before` says."""
@@ -107,7 +107,7 @@ async def test_outcome_can_be_noted_after_every_deadline(store: GatewayStore) ->
     assert (await store.approvals.record_outcome(token, "done")).status == "USED"
 
 
-@BOTH
+@EACH
 async def test_sweep_writes_what_has_expired(database_url: str, redis_setting: str) -> None:
     """`expire_stale` writes EXPIRED in batches, tells the notifiers once each, and leaves everything else alone."""
     recorder = RecordingNotifier()
@@ -146,7 +146,7 @@ async def test_sweeps_share_the_work(store: GatewayStore) -> None:
     assert set(await column(store, "version", "approval_requests")) == {2}
 
 
-@BOTH
+@EACH
 async def test_wall_clock_of_the_gateway_decides_nothing(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway whose own clock is hours off asks, decides and uses by the database's."""
 
@@ -165,7 +165,7 @@ async def test_wall_clock_of_the_gateway_decides_nothing(store: GatewayStore, mo
     assert abs(row.expires_at - right_now() - HOUR) < MINUTE
 
 
-@BOTH
+@EACH
 async def test_an_approval_waits_as_long_as_the_longest_setting_and_no_longer_one_is_taken(
     database_url: str, redis_setting: str
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import redis.asyncio
-from contract_helpers import BOTH
+from contract_helpers import EACH
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
@@ -20,7 +20,7 @@ def manager(session: AsyncSession, client: redis.asyncio.Redis | None) -> Approv
     return ApprovalManager(session, client)
 
 
-@BOTH
+@EACH
 async def test_whole_life(manager: ApprovalManager, session: AsyncSession) -> None:
     """Asked, checked, approved, used, noted, listed; and no transaction is left open by a write."""
     token = await manager.issue_token(make_request(request_id="r-1"))
@@ -45,7 +45,7 @@ async def test_write_is_committed_at_once(manager: ApprovalManager, engine: Asyn
         assert (await ApprovalManager(other).check_token(token)).status == "PENDING"
 
 
-@BOTH
+@EACH
 async def test_refusal_leaves_the_session_usable(manager: ApprovalManager, session: AsyncSession) -> None:
     """An error rolls the session back; the next call works."""
     token = await manager.issue_token(make_request())
@@ -73,7 +73,7 @@ async def test_work_of_the_caller_goes_with_the_write(manager: ApprovalManager, 
     assert list((await session.execute(text("SELECT caller_id FROM api_keys"))).scalars()) == ["kept"]
 
 
-@BOTH
+@EACH
 async def test_settings_and_organisation_are_taken(session: AsyncSession, client: redis.asyncio.Redis | None) -> None:
     """`settings` and `org_id` mean what they mean for a store."""
     acme = ApprovalManager(session, client, org_id="acme", settings=StoreSettings(allow_self_approval=True))
@@ -85,7 +85,7 @@ async def test_settings_and_organisation_are_taken(session: AsyncSession, client
     assert [row.org_id for row in await ApprovalManager(session, client).list_requests()] == ["acme"]
 
 
-@BOTH
+@EACH
 async def test_dependencies_of_a_web_framework_fit(
     database_url: str, redis_setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import BOTH, column, counted_statements, seen, topics, until
+from contract_helpers import EACH, column, counted_statements, seen, topics, until
 
 from agent_gateway_store import (
     ApprovalRequest,
@@ -52,7 +52,7 @@ def ask(**fields: Any) -> ApprovalRequest:
     return make_request(**({"request_id": "r-1"} | fields))
 
 
-@BOTH
+@EACH
 async def test_asking_again_binds_the_new_token_to_the_same_approval(store: GatewayStore) -> None:
     """A retry gets its own token for the one approval; the token before it ends."""
     old = await store.approvals.issue_token(make_request(request_id="r-1"))
@@ -82,7 +82,7 @@ async def test_asking_again_binds_the_new_token_to_the_same_approval(store: Gate
         {"tool_call": CALL.model_copy(update={"arguments": {"path": "/tmp/other.txt"}})},
     ],
 )
-@BOTH
+@EACH
 async def test_asking_for_another_call_is_another_approval(store: GatewayStore, other: dict[str, Any]) -> None:
     """Organisation, caller, request id and tool call together make the same call."""
     first = await store.approvals.issue_token(make_request(request_id="r-1"))
@@ -92,7 +92,7 @@ async def test_asking_for_another_call_is_another_approval(store: GatewayStore, 
     assert results[0].approval_id != results[1].approval_id
 
 
-@BOTH
+@EACH
 async def test_same_object_can_be_asked_again_while_pending(store: GatewayStore) -> None:
     """Issuing a request object twice gives its token twice; after the decision it says to build a new one."""
     request = make_request()
@@ -105,7 +105,7 @@ async def test_same_object_can_be_asked_again_while_pending(store: GatewayStore)
     assert caught.value.approval_id == request.approval_id
 
 
-@BOTH
+@EACH
 async def test_decided_call_can_be_asked_for_anew(store: GatewayStore) -> None:
     """A new request for a call that was denied is a new approval."""
     denied = await store.approvals.issue_token(make_request(request_id="r-1"))
@@ -130,7 +130,7 @@ async def test_token_of_another_approval_is_not_taken(store: GatewayStore) -> No
 
 
 @cases(("name", "changed"), OTHER_TERMS.items())
-@BOTH
+@EACH
 async def test_other_terms_are_another_approval(store: GatewayStore, name: str, changed: dict[str, Any]) -> None:
     """Whatever differs that is shown or decided: the old approval is cancelled, the new one has the new terms."""
     terms = TERMS | {"request_id": name}
@@ -182,7 +182,7 @@ async def test_same_terms_are_the_same_approval(store: GatewayStore, left_out: t
     assert (row.expires_at, row.use_before) == (TERMS["expires_at"], TERMS["use_before"])
 
 
-@BOTH
+@EACH
 async def test_asking_costs_as_few_statements_as_before(store: GatewayStore) -> None:
     """One for the first time (with its notice two on SQLite), two for the same again."""
     with counted_statements(store) as first:
@@ -208,7 +208,7 @@ async def test_changed_object_is_refused_and_changes_nothing(store: GatewayStore
     assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
 
 
-@BOTH
+@EACH
 async def test_cancelled_anywhere_the_same_request_can_be_asked_again(store: GatewayStore) -> None:
     for steps in range(0, 60, 3):
         request = make_request(request_id=f"r-{steps}")
@@ -239,7 +239,7 @@ async def test_both_notices_are_written(database_url: str) -> None:
     assert cancelled.approval_id != new
 
 
-@BOTH
+@EACH
 async def test_waiter_of_the_old_token_learns_that_it_is_cancelled(store: GatewayStore, other: GatewayStore) -> None:
     """Who waits with the old token, in another process, is woken."""
     old = await store.approvals.issue_token(ask())
@@ -250,7 +250,7 @@ async def test_waiter_of_the_old_token_learns_that_it_is_cancelled(store: Gatewa
     assert (await waiting).status == "CANCELLED"
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("required", [1, 2], ids=["same terms", "other terms"])
 async def test_overdue_one_expires_and_the_new_one_is_asked(store: GatewayStore, required: int) -> None:
     """What is overdue is neither bound to the new token nor cancelled, though no sweep has met it."""

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from contract_helpers import seen, until
+from contract_helpers import POSTGRES, seen, until
 from delivery_helpers import Post, quiet, rows
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, errors, hookimpl
@@ -15,7 +15,7 @@ from agent_gateway_store.delivery import DeliveryWorker, worker
 from agent_gateway_store.testing import RecordingNotifier
 from builders import make_request
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [POSTGRES, pytest.mark.usefixtures("no_plugins")]
 
 
 def store_with(url: str, *plugins: object, settings: StoreSettings | None = None) -> GatewayStore:

@@ -11,7 +11,7 @@ from types import FunctionType, MethodType
 
 import key_cache_helpers
 import pytest
-from contract_helpers import BOTH, counted_statements, hears, until
+from contract_helpers import BOTH, POSTGRES, counted_statements, hears, until
 from key_cache_helpers import HOUR, TRUSTED, Gate, answer, checking, issue
 
 from agent_gateway_store import CallerIdentity, GatewayStore, StoreSettings, clock, errors
@@ -22,6 +22,9 @@ from agent_gateway_store.store import parts_of
 
 bcrypt_calls = key_cache_helpers.bcrypt_calls
 gate = key_cache_helpers.gate
+
+
+pytestmark = POSTGRES
 
 
 @BOTH

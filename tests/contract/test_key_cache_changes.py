@@ -14,7 +14,7 @@ from typing import Any
 import key_cache_helpers
 import pytest
 import redis.asyncio
-from contract_helpers import BOTH, WITH_REDIS, hears, until
+from contract_helpers import BOTH, POSTGRES, WITH_REDIS, hears, until
 from key_cache_helpers import TRUSTED, Gate, answer, checking, issue, refused
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -23,6 +23,8 @@ from agent_gateway_store import GatewayStore, clock, errors
 from agent_gateway_store.store import parts_of
 from builders import make_request
 from forks import forks
+
+pytestmark = POSTGRES
 
 gate = key_cache_helpers.gate
 
@@ -77,7 +79,6 @@ async def test_change_elsewhere_is_heard(
         assert await answer(store, issued) == "invalid"
 
 
-@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 @pytest.mark.parametrize("change", [revoke, rotate, reissue])
 async def test_change_elsewhere_is_heard_through_postgresql_while_somebody_waits(
     store: GatewayStore, other: GatewayStore, change: Callable[..., Any]

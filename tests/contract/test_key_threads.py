@@ -11,9 +11,12 @@ from contextlib import suppress
 
 import bcrypt
 import pytest
+from contract_helpers import POSTGRES
 from key_cache_helpers import issue
 
 from agent_gateway_store import CallerIdentity, GatewayStore, errors
+
+pytestmark = POSTGRES
 
 
 async def test_event_loop_runs_on_while_bcrypt_works(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:

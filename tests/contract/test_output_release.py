@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import BOTH, approved, column
+from contract_helpers import EACH, approved, column
 from sqlalchemy import text
 
 from agent_gateway_store import (
@@ -167,7 +167,7 @@ async def test_sync_store_and_own_session_release_outputs(store: GatewayStore, d
     assert await asyncio.to_thread(release) == OUTPUT
 
 
-@BOTH
+@EACH
 async def test_output_is_in_no_notice_and_no_entry(store: GatewayStore, client: redis.asyncio.Redis | None) -> None:
     """Neither notifiers nor Redis hold what waits for its release, before and after."""
     secret = "the-output-5d1c"

@@ -9,13 +9,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from contract_helpers import column, counted_statements
+from contract_helpers import POSTGRES, column, counted_statements
 
 from agent_gateway_store import GatewayStore, hookimpl
 from agent_gateway_store.errors import ApprovalAlreadyDecidedError, ApprovalNotFoundError, DecisionVetoedError
 from agent_gateway_store.models.values import PendingApproval
 from agent_gateway_store.settings import StoreSettings
 from builders import CALL, make_request
+
+pytestmark = POSTGRES
 
 SHORT_S = 0.3
 

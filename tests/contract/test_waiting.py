@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from contract_helpers import BOTH, SOON_S, WITH_REDIS, Reads, counted_statements, hears, idle, topics, until
+from contract_helpers import SOON_S, WITH_REDIS, Reads, counted_statements, hears, idle, topics, until
 
 from agent_gateway_store import ApprovalResult, GatewayStore, clock, errors
 from agent_gateway_store.approval import waiting
@@ -22,6 +22,12 @@ from agent_gateway_store.store import parts_of
 from builders import make_request
 from cases import cases
 
+CHANNELS = pytest.mark.parametrize(
+    ("database_url", "redis_setting"),
+    [("sqlite", "no-redis"), ("postgres", "no-redis"), ("postgres", "redis")],
+    indirect=True,
+)
+"""A poll, the database's messages, and Redis's."""
 CHANNEL = "agent_gateway_store_changed"
 MOVES = [("approve", "APPROVED"), ("deny", "DENIED"), ("cancel", "CANCELLED")]
 
@@ -46,7 +52,7 @@ async def begin(store: GatewayStore, token: str, count: int = 1) -> list[asyncio
 
 
 @pytest.mark.usefixtures("no_poll")
-@BOTH
+@CHANNELS
 async def test_a_decision_elsewhere_wakes_every_waiter(store: GatewayStore, other: GatewayStore) -> None:
     """Fifty tasks wait for ten approvals that another store decides; each learns its own decision, and none waits for
     the slow poll that stands behind a subscription."""
@@ -67,7 +73,7 @@ async def test_a_decision_elsewhere_wakes_every_waiter(store: GatewayStore, othe
 
 
 @pytest.mark.usefixtures("no_poll")
-@BOTH
+@CHANNELS
 @pytest.mark.parametrize(("move", "status"), MOVES)
 async def test_every_move_ends_a_wait_with_what_sql_says(
     store: GatewayStore, other: GatewayStore, move: str, status: str
@@ -110,7 +116,7 @@ async def test_a_decision_in_the_same_store_wakes_at_once(store: GatewayStore, m
         assert (await waiter).status == "APPROVED"
 
 
-@BOTH
+@CHANNELS
 async def test_waiters_of_one_approval_share_their_reads(
     store: GatewayStore, other: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +153,7 @@ async def test_a_forged_message_costs_a_read_and_tells_nothing(
 
 
 @pytest.mark.usefixtures("no_poll")
-@BOTH
+@CHANNELS
 async def test_a_decision_while_the_subscription_was_cut_wakes_with_the_next_one(
     store: GatewayStore, other: GatewayStore, client: redis.asyncio.Redis | None
 ) -> None:
@@ -177,7 +183,7 @@ async def test_a_decision_while_the_subscription_was_cut_wakes_with_the_next_one
 
 
 @pytest.mark.usefixtures("no_poll")
-@BOTH
+@CHANNELS
 async def test_who_waits_by_a_token_that_was_replaced_learns_so(store: GatewayStore, other: GatewayStore) -> None:
     """The decision goes to the new token; the old one is gone, and does not learn how it went."""
     request = make_request()
@@ -190,7 +196,7 @@ async def test_who_waits_by_a_token_that_was_replaced_learns_so(store: GatewaySt
         await waiter
 
 
-@BOTH
+@CHANNELS
 async def test_votes_that_decide_nothing_end_no_wait(
     store: GatewayStore, other: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +214,7 @@ async def test_votes_that_decide_nothing_end_no_wait(
 
 
 @pytest.mark.usefixtures("no_poll")
-@BOTH
+@CHANNELS
 async def test_a_sweep_ends_a_wait(store: GatewayStore, other: GatewayStore) -> None:
     """EXPIRED, written by a process whose clock is ahead, reaches a waiter whose own deadline is far."""
     token = await store.approvals.issue_token(make_request())
@@ -230,7 +236,7 @@ async def test_a_deadline_that_passes_ends_the_wait(store: GatewayStore) -> None
     assert result.status == "EXPIRED"
 
 
-@BOTH
+@CHANNELS
 async def test_a_deadline_that_is_over_here_alone_is_not_read_again_and_again(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +250,7 @@ async def test_a_deadline_that_is_over_here_alone_is_not_read_again_and_again(
     assert reads.number <= 6
 
 
-@BOTH
+@CHANNELS
 async def test_the_timeout_decides_nothing_and_leaves_nothing(store: GatewayStore) -> None:
     """At the timeout the waiter gets PENDING; the approval can still be decided."""
     token = await store.approvals.issue_token(make_request())
@@ -276,7 +282,7 @@ async def test_an_unknown_token_is_told_at_once(store: GatewayStore) -> None:
     assert topics(store) == 0
 
 
-@BOTH
+@CHANNELS
 async def test_cancelled_waiters_leave_nothing_and_disturb_nobody(store: GatewayStore) -> None:
     """Half of the waiters of one approval are cancelled; the others still learn the decision."""
     token = await store.approvals.issue_token(make_request())
@@ -291,7 +297,7 @@ async def test_cancelled_waiters_leave_nothing_and_disturb_nobody(store: Gateway
     assert topics(store) == 0
 
 
-@BOTH
+@CHANNELS
 async def test_a_closing_store_lets_its_waiters_go(database_url: str, redis_setting: str) -> None:
     """`close` does not leave tasks behind that wait for ever."""
     store = await GatewayStore(database_url, redis_url=redis_setting).open()
