@@ -13,7 +13,6 @@ import redis.asyncio
 from contract_helpers import EACH, WITH_REDIS, column, seen, topics, until
 
 from agent_gateway_store import (
-    ApprovalManager,
     ApprovalResult,
     ApprovalScope,
     GatewayStore,
@@ -46,6 +45,7 @@ async def test_a_call_is_asked_once_and_runs_once(store: GatewayStore, other: Ga
     asked = await acquire(store)
     again = await acquire(other, request_id="another")
     assert (asked.status, asked.token, again) == ("PENDING", None, asked)
+    assert await acquire(store, wait_s=0.05) == asked
     await approve(other, asked)
 
     used = await acquire(store)
@@ -64,14 +64,6 @@ async def test_one_of_many_callers_uses_an_approval(store: GatewayStore, other: 
     results = await asyncio.gather(*(acquire((store, other)[number % 2]) for number in range(40)))
     assert Counter(str(result.status) for result in results) == {"USED": 1, "PENDING": 39}
     assert len({result.approval_id for result in results}) == 2
-
-
-async def test_many_callers_ask_once(store: GatewayStore, other: GatewayStore) -> None:
-    """Forty ask for the same call at once: one approval."""
-    results = await asyncio.gather(*(acquire((store, other)[number % 2]) for number in range(40)))
-
-    assert {(result.approval_id, str(result.status)) for result in results} == {(results[0].approval_id, "PENDING")}
-    assert len(await store.approvals.list_requests()) == 1
 
 
 @cases(
@@ -272,12 +264,6 @@ async def test_who_waited_for_what_can_no_longer_be_used_asks_anew(
     assert (found.status, found.approval_id != asked.approval_id) == ("PENDING", True)
 
 
-async def test_waiting_ends_at_its_time(store: GatewayStore) -> None:
-    """At the timeout the answer is PENDING still."""
-    async with asyncio.timeout(10):
-        assert (await acquire(store, wait_s=0.05)).status == "PENDING"
-
-
 async def test_outputs_are_not_acquired(store: GatewayStore) -> None:
     """Only the execution of a call is; the sentence says what releases an output."""
     with pytest.raises(ValueError, match="issue_token"):
@@ -311,14 +297,6 @@ async def test_a_denial_that_comes_while_it_is_asked_again_counts(
     monkeypatch.setattr(acquiring, "insert", later)
     assert (await acquire(store)).status == "DENIED"
     assert await column(store, "status", "approval_requests") == ["DENIED"]
-
-
-async def test_a_session_of_the_host_acquires(store: GatewayStore, session: Any) -> None:
-    """The stand-alone service and the store are one implementation."""
-    manager = ApprovalManager(session)
-    asked = await manager.acquire(make_request())
-    await approve(store, asked)
-    assert (await manager.acquire(make_request())).status == "USED"
 
 
 class TestMostPending:

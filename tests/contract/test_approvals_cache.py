@@ -46,19 +46,6 @@ async def id_of(store: GatewayStore, token: str) -> UUID:
     return (await store.approvals.check_token(token, fresh=True)).approval_id
 
 
-async def test_both_entries_have_an_end(store: GatewayStore, client: redis.asyncio.Redis) -> None:
-    """Asking writes the entry of the token and the one that leads there from the id, each with a TTL."""
-    token = await store.approvals.issue_token(make_request())
-    by_id = f"approval-token:{await id_of(store, token)}"
-
-    assert sorted(await client.keys()) == sorted([f"approval:{token}".encode(), by_id.encode()])
-    for key in (f"approval:{token}", by_id):
-        assert 3_500_000 < await client.pttl(key) <= 3_600_000
-    held = await entry(client, token)
-    assert (held["status"], held["version"]) == ("PENDING", 1)
-    assert token not in json.dumps(held)
-
-
 @pytest.mark.parametrize("by", ["token", "id"])
 async def test_decision_updates_sql_and_redis(store: GatewayStore, client: redis.asyncio.Redis, by: str) -> None:
     """After a decision by token or by id, both hold it."""
@@ -96,7 +83,10 @@ async def test_miss_fills_the_cache_for_the_life_that_is_left(store: GatewayStor
             assert (await store.approvals.check_token(token)).status == "PENDING"
 
     assert len(statements) == 1
-    assert len(await client.keys()) == 2
+    by_id = f"approval-token:{await id_of(store, token)}"
+    assert sorted(await client.keys()) == sorted([f"approval:{token}".encode(), by_id.encode()])
+    held = await entry(client, token)
+    assert (held["status"], held["version"], token in json.dumps(held)) == ("PENDING", 1, False)
     assert 3_500_000 < await client.pttl(f"approval:{token}") <= 3_600_000
 
 
@@ -151,17 +141,6 @@ async def test_what_is_cached_ends_with_its_own_deadline(
 
     assert (before.status, statements) == ("APPROVED" if is_approved else "PENDING", [])
     assert after.status == "EXPIRED"
-
-
-async def test_stale_approval_releases_nothing(store: GatewayStore, client: redis.asyncio.Redis) -> None:
-    """A cached APPROVED that SQL has withdrawn since is no permission: consuming asks SQL."""
-    token = await approved(store)
-    stale = await client.get(f"approval:{token}")
-    await store.approvals.cancel(token, "dev-agent")
-    await client.set(f"approval:{token}", stale, px=json.loads(stale)["life_ms"])
-
-    with pytest.raises(errors.ApprovalNotApprovedError, match="CANCELLED"):
-        await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
 
 
 class GatedRedis(RedisCache):
@@ -337,12 +316,6 @@ async def test_decision_made_while_redis_hangs_is_seen_after(database_url: str, 
 async def test_redis_flushed_at_every_step_changes_nothing(store: GatewayStore, client: redis.asyncio.Redis) -> None:
     """An approval lives on although Redis forgets it before each step."""
     await live(store, client.flushall)
-
-
-async def test_redis_that_cannot_be_reached_at_all_is_done_without(database_url: str) -> None:
-    """A store opens and works with a REDIS_URL behind which nothing listens."""
-    async with GatewayStore(database_url, redis_url="redis://127.0.0.1:1/0") as store:
-        await live(store)
 
 
 NONSENSE = {"no number": b":abc\r\n", "a blob error": b"!!garbage!!\r\n\x00\xff", "too deep": b"*1\r\n" * 5_000}

@@ -98,15 +98,6 @@ async def test_expires_at_ends_the_wait_and_use_before_the_use(store: GatewaySto
         assert (await store.approvals.check_token(ended)).status == "EXPIRED"
 
 
-async def test_outcome_can_be_noted_after_every_deadline(store: GatewayStore) -> None:
-    """A call that ran long is not lost: deadlines end the use, not the record of it."""
-    token = await approved(store)
-    await store.approvals.consume_token(token, caller_id="dev-agent", tool_call=CALL)
-    clock.move(30 * 24 * HOUR)
-
-    assert (await store.approvals.record_outcome(token, "done")).status == "USED"
-
-
 @EACH
 async def test_sweep_writes_what_has_expired(database_url: str, redis_setting: str) -> None:
     """`expire_stale` writes EXPIRED in batches, tells the notifiers once each, and leaves everything else alone."""

@@ -71,6 +71,7 @@ async def test_cursors_are_of_one_search(store: GatewayStore) -> None:
     """A page leads to the next; with other filters, or in a store for another organisation, it is refused."""
     await filled(store)
     first = await store.approvals.search(limit=3)
+    await store.approvals.issue_token(make_request(request_id="later"))
     rest = await store.approvals.list_requests(limit=3, cursor=first.next_cursor)
     pending = await store.approvals.list_requests("PENDING", limit=1)
 

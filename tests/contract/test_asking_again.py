@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import EACH, column, counted_statements, seen, topics, until
+from contract_helpers import EACH, column, counted_statements, seen
 
 from agent_gateway_store import (
     ApprovalRequest,
@@ -103,17 +103,6 @@ async def test_same_object_can_be_asked_again_while_pending(store: GatewayStore)
     with pytest.raises(errors.ApprovalError, match="build a new ApprovalRequest") as caught:
         await store.approvals.issue_token(request)
     assert caught.value.approval_id == request.approval_id
-
-
-@EACH
-async def test_decided_call_can_be_asked_for_anew(store: GatewayStore) -> None:
-    """A new request for a call that was denied is a new approval."""
-    denied = await store.approvals.issue_token(make_request(request_id="r-1"))
-    await store.approvals.deny(denied, "approver-1")
-    again = await store.approvals.issue_token(make_request(request_id="r-1"))
-
-    assert (await store.approvals.check_token(again)).status == "PENDING"
-    assert (await store.approvals.check_token(denied)).status == "DENIED"
 
 
 async def test_token_of_another_approval_is_not_taken(store: GatewayStore) -> None:
@@ -237,17 +226,6 @@ async def test_both_notices_are_written(database_url: str) -> None:
     (cancelled,) = notifier.decisions
     assert (cancelled.approver_id, cancelled.note) == ("dev-agent", "Asked again with other terms.")
     assert cancelled.approval_id != new
-
-
-@EACH
-async def test_waiter_of_the_old_token_learns_that_it_is_cancelled(store: GatewayStore, other: GatewayStore) -> None:
-    """Who waits with the old token, in another process, is woken."""
-    old = await store.approvals.issue_token(ask())
-    waiting = asyncio.create_task(other.approvals.wait_for_decision(old, timeout_s=20))
-    await until(lambda: topics(other) == 1)
-    await store.approvals.issue_token(ask(required_approvals=2))
-
-    assert (await waiting).status == "CANCELLED"
 
 
 @EACH

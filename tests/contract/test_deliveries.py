@@ -12,7 +12,7 @@ from contract_helpers import until
 from delivery_helpers import Post, quiet, raising, rows, settled
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock, errors
-from agent_gateway_store.delivery import DeliveryWorker, attempts, worker
+from agent_gateway_store.delivery import DeliveryWorker, attempts
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.hooks.dispatch import Dispatcher
 from agent_gateway_store.hooks.manager import Plugins
@@ -78,21 +78,6 @@ async def test_tries_are_spaced_by_the_databases_clock(database_url: str) -> Non
             await store.notifications.run(once=True)
             assert len(post.tried) == tried
             clock.move(timedelta(seconds=4))
-
-
-async def test_retry_after_is_honoured_by_the_databases_clock(database_url: str) -> None:
-    """What the receiver asks for counts, not the backoff, and the local clock has no say."""
-    asked = errors.NotDeliveredError("429", retry_after_s=120)
-    post = Post(act=raising(asked, times=1))
-    async with store_with(database_url, post, settings=quiet()) as store:
-        await store.approvals.issue_token(make_request())
-        await store.notifications.run(once=True)
-        clock.move(timedelta(seconds=118))
-        await store.notifications.run(once=True)
-        assert len(post.tried) == 1
-        clock.move(timedelta(seconds=3))
-
-        assert await store.notifications.run(once=True) == 1
 
 
 async def test_nonsense_about_when_to_come_back_is_ignored(database_url: str) -> None:
@@ -165,38 +150,6 @@ async def test_a_decision_stays_behind_the_notice_before_it(database_url: str) -
             about = [each.event for each in post.taken if each.approval_id == notice.approval_id]
             assert about == ["pending", "decision"]
         assert len(dead.tried) == 10
-
-
-async def test_two_notices_behind_one_are_both_sent_at_once(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim that comes late, and finds the first of them taken, leaves the second to whoever sends the first."""
-    claim_next, claims = worker.claim_next, 0
-    late, passed = asyncio.Event(), threading.Event()
-
-    async def claim_in_turn(*args: Any, **options: Any) -> Any:
-        nonlocal claims
-        claims += 1
-        if claims == 1:
-            await late.wait()
-        return await claim_next(*args, **options)
-
-    async def hold_the_first(notice: Notice) -> None:
-        if notice.status == "APPROVED":
-            await asyncio.to_thread(passed.wait, 10)
-
-    post = Post(act=hold_the_first)
-    monkeypatch.setattr(worker, "claim_next", claim_in_turn)
-    async with store_with(database_url, post, settings=StoreSettings(notification_poll_seconds=600)) as store:
-        token = await store.approvals.issue_token(make_request())
-        await store.approvals.approve(token, "alice")
-        await until(lambda: claims >= 1)
-        await store.approvals.cancel(token, "bob")
-        await until(lambda: len(post.tried) == 2)
-        late.set()
-        await asyncio.sleep(0.1)
-        passed.set()
-        await settled(store, 3)
-
-    assert post.events == [("pending", "PENDING"), ("decision", "APPROVED"), ("decision", "CANCELLED")]
 
 
 async def test_a_row_whose_notifier_is_not_here_is_left_alone(database_url: str) -> None:

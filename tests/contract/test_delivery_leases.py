@@ -56,16 +56,6 @@ async def say_late(store: GatewayStore, delivery: Delivery) -> None:
         assert await rows(store, STATE) == before
 
 
-async def test_a_late_result_takes_no_row_from_the_worker_that_has_it(database_url: str) -> None:
-    """The lease of the second worker stands, and so does its own result afterwards."""
-    async with quiet_store(database_url) as store:
-        late, held = await claimed_twice(store)
-        await say_late(store, late)
-        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)])
-
-        assert [row[:2] for row in await rows(store, "status, attempts")] == [("DELIVERED", 2)]
-
-
 @pytest.mark.parametrize("status", list(DeliveryStatus))
 async def test_a_late_result_overwrites_no_other(database_url: str, status: DeliveryStatus) -> None:
     """Whatever the second worker recorded stays as it is."""

@@ -11,7 +11,7 @@ from types import FunctionType, MethodType
 
 import key_cache_helpers
 import pytest
-from contract_helpers import BOTH, POSTGRES, counted_statements, hears, until
+from contract_helpers import BOTH, POSTGRES, counted_statements, hears
 from key_cache_helpers import HOUR, TRUSTED, Gate, answer, checking, issue
 
 from agent_gateway_store import CallerIdentity, GatewayStore, StoreSettings, clock, errors
@@ -159,7 +159,7 @@ async def test_callers_of_a_right_key_that_give_up_lock_nobody_out(store: Gatewa
 
 
 async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate) -> None:
-    """Of fifty that share a check half leave; the others get their answer, and when all leave nothing is left."""
+    """Of fifty that share a check half leave; the others get their answer."""
     issued = await issue(store)
     gate.clear()
     tasks = [asyncio.create_task(store.keys.verify(issued.plaintext)) for _ in range(50)]
@@ -170,17 +170,6 @@ async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate)
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(found) for found in answers[::2]} == {asyncio.CancelledError}
     assert {type(found) for found in answers[1::2]} == {CallerIdentity}
-
-    before = asyncio.all_tasks()
-    others = [new_key(new_key_id()) for _ in range(5)]
-    tasks = [asyncio.create_task(store.keys.verify(key)) for key in others]
-    await asyncio.sleep(0)
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    # A connection that was being made is made to its end, and closed.
-    await until(lambda: asyncio.all_tasks() <= before)
-    assert [await answer(store, key) for key in others] == ["invalid"] * 5
 
 
 async def test_unknown_id_is_looked_up_once_a_second(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:

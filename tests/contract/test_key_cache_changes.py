@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import key_cache_helpers
@@ -22,7 +20,6 @@ import servers
 from agent_gateway_store import GatewayStore, clock, errors
 from agent_gateway_store.store import parts_of
 from builders import make_request
-from forks import forks
 
 pytestmark = POSTGRES
 
@@ -79,9 +76,8 @@ async def test_change_elsewhere_is_heard(
         assert await answer(store, issued) == "invalid"
 
 
-@pytest.mark.parametrize("change", [revoke, rotate, reissue])
 async def test_change_elsewhere_is_heard_through_postgresql_while_somebody_waits(
-    store: GatewayStore, other: GatewayStore, change: Callable[..., Any]
+    store: GatewayStore, other: GatewayStore
 ) -> None:
     """Without Redis the connection that listens for decisions hears of keys, too, long before the trust ends."""
     issued = await issue(store)
@@ -90,7 +86,7 @@ async def test_change_elsewhere_is_heard_through_postgresql_while_somebody_waits
     await store.keys.verify(issued.plaintext)
     await hears(store)
     assert await answer(store, issued) == "good"
-    await change(other)
+    await revoke(other)
     await refused(store, issued)
     await store.approvals.cancel(token, "dev-agent")
     await waiting
@@ -220,48 +216,3 @@ async def test_hung_or_restarted_redis_lets_no_revoked_key_live_longer(database_
             await other.keys.revoke("agent-2")
 
             await refused(store, keys[2])
-
-
-_GATEWAY = """
-import asyncio, sys
-from agent_gateway_store import GatewayStore, errors
-from agent_gateway_store.store import parts_of
-
-async def main():
-    async with GatewayStore() as store:
-        key = sys.stdin.readline().strip()
-        has_redis, is_told = bool(store.settings.redis_url), False
-        try:
-            while True:
-                await store.keys.verify(key)
-                # What it hears before it has subscribed is nothing, and the first key makes it subscribe.
-                if not is_told and parts_of(store).pubsub.is_live == has_redis:
-                    print("good", flush=True)
-                    is_told = True
-                await asyncio.sleep(0.01)
-        except errors.InvalidApiKeyError:
-            print("invalid", flush=True)
-
-asyncio.run(main())
-"""
-
-
-@BOTH
-async def test_revocation_reaches_another_process(store: GatewayStore, database_url: str, redis_setting: str) -> None:
-    """A real second process that trusts a key refuses it: long before its trust ends by Redis, else once it has."""
-    issued = await issue(store)
-    environment = os.environ | {
-        "DATABASE_URL": database_url,
-        "REDIS_URL": redis_setting,
-        "API_KEY_CACHE_SECONDS": "30" if redis_setting else "0.3",
-    }
-    process = await forks().begin(["-c", _GATEWAY], Path.cwd(), environment)
-    try:
-        process.stdin.write(issued.plaintext.get_secret_value().encode() + b"\n")
-        assert await asyncio.wait_for(process.stdout.readline(), 20) == b"good\n"
-        await store.keys.revoke("dev-agent")
-        assert await asyncio.wait_for(process.stdout.readline(), 10) == b"invalid\n"
-        assert await asyncio.wait_for(process.wait(), 10) == 0
-    finally:
-        process.kill()
-        await process.communicate()

@@ -13,12 +13,10 @@ from contract_helpers import EACH, approved, column
 from sqlalchemy import text
 
 from agent_gateway_store import (
-    ApprovalManager,
     ApprovalScope,
     AuditEvent,
     GatewayStore,
     StoreSettings,
-    SyncGatewayStore,
     errors,
 )
 from builders import CALL, make_request
@@ -149,22 +147,6 @@ async def test_hash_follows_the_hash_key(database_url: str) -> None:
                 await unkeyed.approvals.release_output(token, caller_id="dev-agent")
 
         assert await store.approvals.release_output(token, caller_id="dev-agent") == OUTPUT
-
-
-async def test_sync_store_and_own_session_release_outputs(store: GatewayStore, database_url: str) -> None:
-    """All three ways in give the output once."""
-    tokens = [await approved(store, scope=RELEASE, output_payload=OUTPUT) for _ in range(2)]
-    async with store.database.sessions() as session:
-        manager = ApprovalManager(session)
-        assert await manager.release_output(tokens[0], caller_id="dev-agent") == OUTPUT
-        with pytest.raises(errors.ApprovalAlreadyUsedError):
-            await manager.release_output(tokens[0], caller_id="dev-agent")
-
-    def release() -> Any:
-        with SyncGatewayStore(database_url, redis_url="") as sync:
-            return sync.for_org("default").approvals.release_output(tokens[1], caller_id="dev-agent")
-
-    assert await asyncio.to_thread(release) == OUTPUT
 
 
 @EACH

@@ -29,7 +29,6 @@ CHANNELS = pytest.mark.parametrize(
 )
 """A poll, the database's messages, and Redis's."""
 CHANNEL = "agent_gateway_store_changed"
-MOVES = [("approve", "APPROVED"), ("deny", "DENIED"), ("cancel", "CANCELLED")]
 
 
 @pytest.fixture
@@ -70,23 +69,6 @@ async def test_a_decision_elsewhere_wakes_every_waiter(store: GatewayStore, othe
     ]
     assert [result.token for result in results] == [token for token in tokens for _ in range(5)]
     assert topics(store) == 0
-
-
-@pytest.mark.usefixtures("no_poll")
-@CHANNELS
-@pytest.mark.parametrize(("move", "status"), MOVES)
-async def test_every_move_ends_a_wait_with_what_sql_says(
-    store: GatewayStore, other: GatewayStore, move: str, status: str
-) -> None:
-    """The answer is whole, its note included, and comes long before the poll."""
-    token = await store.approvals.issue_token(make_request())
-    (waiter,) = await begin(store, token)
-    await getattr(other.approvals, move)(token, "approver-1", "because \u20ac" * 1_000)
-    async with asyncio.timeout(SOON_S):
-        result = await waiter
-
-    assert result == await store.approvals.check_token(token, fresh=True)
-    assert (result.status, result.note) == (status, "because \u20ac" * 1_000)
 
 
 @pytest.mark.usefixtures("no_poll")
@@ -310,7 +292,7 @@ async def test_a_closing_store_lets_its_waiters_go(database_url: str, redis_sett
             await waiter
 
 
-@pytest.mark.parametrize("ticks", range(12))
+@pytest.mark.parametrize("ticks", range(0, 12, 3))
 async def test_closing_while_the_subscription_begins_ends(tmp_path: Path, redis_url: str, ticks: int) -> None:
     """Wherever the cancellation meets redis-py, also where it is swallowed."""
     async with GatewayStore(f"sqlite:///{tmp_path}/test.db", redis_url=redis_url) as store:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from pathlib import Path
 from random import Random
 from typing import Any
 from uuid import uuid4
@@ -18,7 +15,7 @@ from uuid import uuid4
 import pytest
 
 from agent_gateway_store import ApprovalRequest, ApprovalResult, GatewayStore, ToolCall
-from proofs.harness import child, migrated
+from proofs.harness import child
 
 pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
@@ -106,30 +103,3 @@ async def test_one_of_many_processes_runs(
             for process in workers:
                 process.stdin.write(f"{json.dumps([number, callers])}\n".encode())
             judge(asked, [answer for process in workers for answer in json.loads(await process.stdout.readline())])
-
-
-@pytest.mark.parametrize(("approvals", "callers"), SIZES)
-def test_one_of_many_threads_runs(tmp_path: Path, approvals: int, callers: int) -> None:
-    """Four threads, each with an event loop and a store of its own, do the same on one SQLite file."""
-    url, barrier = migrated(f"sqlite:///{tmp_path}/gateway.db"), threading.Barrier(WORKERS, timeout=60)
-    asked: list[ApprovalResult] = []
-    answers: list[str] = []
-
-    def worker(is_first: bool) -> None:
-        async def work() -> None:
-            async with GatewayStore(url, redis_url="") as store:
-                for number in range(approvals):
-                    if is_first:
-                        asked[:] = [await ask_and_approve(store, number)]
-                    await asyncio.to_thread(barrier.wait)
-                    answers.extend(await crowd(store, number, callers))
-                    await asyncio.to_thread(barrier.wait)
-                    if is_first:
-                        judge(asked[0], answers)
-                        answers.clear()
-
-        asyncio.run(work())
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for done in [pool.submit(worker, index == 0) for index in range(WORKERS)]:
-            done.result()

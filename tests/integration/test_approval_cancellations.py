@@ -18,7 +18,7 @@ from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.store import parts_of
 from builders import CALL, make_request
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 AT_ONCE = 40
 

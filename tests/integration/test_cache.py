@@ -47,14 +47,6 @@ async def test_every_entry_has_an_end(client: RedisClient, ttl: Any, millisecond
     assert milliseconds - 5_000 < await client.pttl("key") <= milliseconds
 
 
-async def test_an_entry_ends(client: RedisClient) -> None:
-    """The shortest TTL is a millisecond."""
-    await set_json(client, "key", 1, 1e-9)
-    await asyncio.sleep(0.05)
-
-    assert await get_json(client, "key") is None
-
-
 @pytest.mark.parametrize("ttl", [0, -1, -0.001, math.nan, math.inf, timedelta(), timedelta(seconds=-1)])
 async def test_an_entry_without_an_end_is_refused(client: RedisClient, ttl: Any) -> None:
     """ValueError, and nothing is stored; so with `put_newer`."""

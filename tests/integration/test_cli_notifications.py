@@ -42,6 +42,7 @@ def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcom
     assert cli("notifications", "run", "--once").out == "0 notices arrived.\n"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("url", "number"), [("sqlite", signal.SIGTERM), ("postgres", signal.SIGINT)], indirect=["url"])
 def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome], number: signal.Signals) -> None:
     """It sends what comes until then, and ends with 0 and no traceback."""
@@ -104,17 +105,6 @@ def test_doctor_tells_of_dead_letters_and_of_notifiers_that_are_nowhere(
         "1 notices wait for the notifier pager, which is not loaded here: run a worker that has it.",
     ]
     assert "pager: 1 wait (1 due), 0 dead; not loaded here" in listed.err
-
-
-def test_old_records_are_pruned(url: str, cli: Callable[..., Outcome]) -> None:
-    """Of what has arrived, what is old enough; another age, or none, is refused."""
-    ask(url, "r-1")
-    cli("notifications", "run", "--once")
-
-    assert cli("notifications", "prune", "--older-than", "1h", "--json").json == {"pruned": 0}
-    assert cli("notifications", "prune", "--older-than", "0s").out == "1 records of delivered notices are deleted.\n"
-    assert cli("notifications", "prune").code == 2
-    assert cli("notifications", "prune", "--older-than", "soon").code == 2
 
 
 def test_a_decision_on_the_command_line_is_told_before_the_command_ends(

@@ -14,7 +14,7 @@ from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.keys.format import new_key, new_key_id
 from builders import CALL, make_request
 
-pytestmark = pytest.mark.usefixtures("no_plugins")
+pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
 SQL = [
     "' OR '1'='1",

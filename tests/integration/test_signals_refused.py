@@ -19,6 +19,9 @@ from proofs.harness import execute, migrated
 from servers import PostgresServer
 
 
+pytestmark = pytest.mark.system
+
+
 @pytest.fixture(autouse=True)
 def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was not told looks again after half a second, in place of five."""
