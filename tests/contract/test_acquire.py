@@ -71,7 +71,6 @@ async def test_one_of_many_callers_uses_an_approval(store: GatewayStore, other: 
     [{"caller_id": "other-agent"}, {"org_id": "acme"}, {"tool_call": OTHER_CALL}, {"bind": "session-2"}],
 )
 async def test_another_call_is_not_released(store: GatewayStore, difference: dict[str, Any]) -> None:
-    """Organisation, caller, call and `bind` must all be equal."""
     asked = await acquire(store)
     await approve(store, asked)
 
@@ -81,7 +80,6 @@ async def test_another_call_is_not_released(store: GatewayStore, difference: dic
 
 @pytest.mark.parametrize("pair", [("a\0", "a\u2400"), ("\ud800", "\udfff")], ids=ascii)
 async def test_what_is_bound_to_is_compared_as_it_is(store: GatewayStore, pair: tuple[str, str]) -> None:
-    """Also what no database can hold: only a hash of it is stored."""
     await approve(store, await acquire(store, bind=pair[0]))
 
     assert (await acquire(store, bind=pair[1])).status == "PENDING"
@@ -148,7 +146,6 @@ async def test_other_terms_cancel_what_stands(store: GatewayStore, terms: dict[s
 
 
 async def test_lower_quorums_later_deadlines_and_other_words_change_nothing(store: GatewayStore) -> None:
-    """The first asking's terms stand."""
     asked = await acquire(store, required_approvals=2)
     later = clock.utc_now() + 30 * HOUR
     again = await acquire(store, required_approvals=1, expires_at=later, risk_explanation="harmless")
@@ -179,7 +176,6 @@ async def test_a_day_to_decide_and_an_hour_to_use(store: GatewayStore) -> None:
 
 
 async def test_given_deadlines_stand(store: GatewayStore) -> None:
-    """`expires_at` alone ends the use, too; `use_before` ends it where it is given."""
     now = clock.utc_now()
     first = await acquire(store, expires_at=now + 2 * HOUR)
     second = await acquire(store, tool_call=OTHER_CALL, expires_at=now + HOUR, use_before=now + 9 * HOUR)
@@ -207,7 +203,6 @@ async def test_a_use_of_unknown_outcome_is_told_to_the_next_approver(store: Gate
 
 @EACH
 async def test_notifiers_hear_once_of_each_question(database_url: str, redis_setting: str) -> None:
-    """Acquiring again tells nobody; the decision does, and the use does not."""
     recorder = RecordingNotifier()
     async with GatewayStore(database_url, redis_url=redis_setting, plugins=[recorder]) as store:
         asked = await acquire(store)
@@ -235,7 +230,6 @@ async def test_waiting_ends_with_the_decision(store: GatewayStore, other: Gatewa
 
 
 async def test_of_two_who_wait_one_runs_and_the_other_asks_anew(store: GatewayStore, other: GatewayStore) -> None:
-    """What the first asked for is used by either."""
     waiting = [asyncio.create_task(acquire(each, wait_s=60)) for each in (store, other)]
     # Who asked only after the decision would wait for another one.
     await until(lambda: topics(store) == topics(other) == 1)
@@ -251,7 +245,6 @@ async def test_of_two_who_wait_one_runs_and_the_other_asks_anew(store: GatewaySt
 async def test_who_waited_for_what_can_no_longer_be_used_asks_anew(
     database_url: str, other: GatewayStore, is_cancelled: bool
 ) -> None:
-    """The caller that asked for it: it was withdrawn, or ran out."""
     settings = StoreSettings(acquire_decision_seconds=600 if is_cancelled else 1)
     async with GatewayStore(database_url, redis_url="", settings=settings) as store:
         waiting = asyncio.create_task(acquire(store, wait_s=60))
@@ -265,7 +258,6 @@ async def test_who_waited_for_what_can_no_longer_be_used_asks_anew(
 
 
 async def test_outputs_are_not_acquired(store: GatewayStore) -> None:
-    """Only the execution of a call is; the sentence says what releases an output."""
     with pytest.raises(ValueError, match="issue_token"):
         await acquire(store, scope=ApprovalScope.OUTPUT_RELEASE, output_payload={"rows": 1})
     with pytest.raises(TypeError, match="wait_s"):
@@ -275,7 +267,6 @@ async def test_outputs_are_not_acquired(store: GatewayStore) -> None:
 
 @WITH_REDIS
 async def test_no_acquired_approval_is_in_redis(store: GatewayStore, client: redis.asyncio.Redis) -> None:
-    """Whatever becomes of it."""
     await approve(store, await acquire(store))
     assert (await acquire(store)).status == "USED"
     assert await client.keys("approval*") == []
@@ -328,7 +319,6 @@ class TestMostPending:
 
     @pytest.mark.parametrize("end", ["approve", "deny", "expire"])
     async def test_what_has_ended_makes_room(self, limited: GatewayStore, end: str) -> None:
-        """A decision, and a deadline that has passed, let the next one in."""
         for number in range(3):
             await self.ask(limited, number)
         pending = await limited.approvals.list_requests()

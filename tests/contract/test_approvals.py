@@ -67,7 +67,6 @@ async def test_what_is_not_approved_is_not_released(store: GatewayStore, decide:
 
 @EACH
 async def test_cancelling_withdraws_a_pending_and_an_approved_call(store: GatewayStore) -> None:
-    """The caller may cancel before and after the approval, but not after the use."""
     pending = await store.approvals.issue_token(make_request())
     agreed = await approved(store)
     used = await approved(store)
@@ -100,7 +99,6 @@ async def test_approval_id_decides_in_place_of_the_token(store: GatewayStore) ->
 
 @cases(("first", "second"), itertools.product(("approve", "deny", "cancel"), ("approve", "deny")))
 async def test_second_decision_learns_of_the_first(store: GatewayStore, first: str, second: str) -> None:
-    """Deciding twice names the standing decision, and changes nothing."""
     token = await store.approvals.issue_token(make_request())
     standing = await getattr(store.approvals, first)(token, "approver-1", "first")
 
@@ -236,7 +234,6 @@ async def test_wrong_use_is_refused(store: GatewayStore) -> None:
 
 
 async def test_self_approval_is_refused(store: GatewayStore) -> None:
-    """Who asked for the call may deny or cancel it, but not approve it."""
     token = await store.approvals.issue_token(make_request())
 
     with pytest.raises(
@@ -294,7 +291,6 @@ async def test_text_that_no_database_holds_is_scrubbed(store: GatewayStore) -> N
 
 
 async def test_last_voice_decides(store: GatewayStore) -> None:
-    """With three required, two leave it pending and the third approves it."""
     token = await store.approvals.issue_token(make_request(required_approvals=3))
 
     results = [await store.approvals.approve(token, f"approver-{number}", f"n{number}") for number in range(3)]
@@ -336,7 +332,6 @@ async def test_one_denial_ends_it(store: GatewayStore) -> None:
 
 
 async def test_voter_may_cancel(store: GatewayStore) -> None:
-    """Who approved may withdraw it later; the vote stays as it was cast."""
     token = await store.approvals.issue_token(make_request(required_approvals=2))
     await store.approvals.approve(token, "approver-1")
 

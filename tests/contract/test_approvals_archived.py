@@ -67,7 +67,6 @@ async def test_approvals_go_after_their_events(store: GatewayStore, tmp_path: Pa
 
 
 async def test_archived_ones_are_erased_with_their_event(store: GatewayStore, tmp_path: Path) -> None:
-    """Their file is written anew, and the old one is gone."""
     await settle(store)
     clock.move(timedelta(days=200))
     await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
@@ -108,7 +107,6 @@ async def test_nothing_of_archived_ones_is_left_elsewhere(
 
 
 async def test_the_hash_of_their_old_file_does_not_let_them_be_guessed(store: GatewayStore, tmp_path: Path) -> None:
-    """It stays in the manifest. It is over salts, too, and those are gone."""
     await settle(store)
     clock.move(timedelta(days=200))
     await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")

@@ -48,7 +48,6 @@ async def id_of(store: GatewayStore, token: str) -> UUID:
 
 @pytest.mark.parametrize("by", ["token", "id"])
 async def test_decision_updates_sql_and_redis(store: GatewayStore, client: redis.asyncio.Redis, by: str) -> None:
-    """After a decision by token or by id, both hold it."""
     token = await store.approvals.issue_token(make_request())
     name = {"token": token} if by == "token" else {"approval_id": await id_of(store, token)}
     await store.approvals.approve(**name, approver_id="approver-1")
@@ -110,7 +109,6 @@ async def test_a_status_is_trusted_for_a_while_only(store: GatewayStore, client:
 
 
 async def test_trust_can_be_switched_off(database_url: str, redis_setting: str) -> None:
-    """With APPROVAL_CACHE_SECONDS=0 each check of a pending approval reads SQL."""
     settings = StoreSettings(approval_cache_seconds=0)
     async with GatewayStore(database_url, redis_url=redis_setting, settings=settings) as store:
         token = await store.approvals.issue_token(make_request())
@@ -172,7 +170,6 @@ async def test_older_version_never_replaces_a_newer_one(store: GatewayStore, cli
 
 
 async def test_entry_of_another_token_is_not_believed(store: GatewayStore, client: redis.asyncio.Redis) -> None:
-    """An answer that belongs to another token, however it came there, is no answer."""
     pending = await store.approvals.issue_token(make_request())
     agreed = await approved(store)
     await client.copy(f"approval:{agreed}", f"approval:{pending}", replace=True)
@@ -314,7 +311,6 @@ async def test_decision_made_while_redis_hangs_is_seen_after(database_url: str, 
 
 
 async def test_redis_flushed_at_every_step_changes_nothing(store: GatewayStore, client: redis.asyncio.Redis) -> None:
-    """An approval lives on although Redis forgets it before each step."""
     await live(store, client.flushall)
 
 
@@ -335,7 +331,6 @@ async def nonsense_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
 
 
 async def test_a_redis_that_answers_nonsense_is_a_miss(database_url: str, nonsense_url: str) -> None:
-    """Whatever redis-py makes of a reply, the answer comes from SQL."""
     async with GatewayStore(database_url, redis_url=nonsense_url) as store:
         token = await store.approvals.issue_token(make_request())
         asked = await asyncio.gather(*(store.approvals.check_token(token) for _ in range(20)))

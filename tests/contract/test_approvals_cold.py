@@ -59,7 +59,6 @@ async def test_a_check_sees_what_was_decided_before_it(store: GatewayStore, cold
 
 
 async def test_fresh_checks_read_by_themselves(store: GatewayStore, cold: str, reads: Reads) -> None:
-    """`fresh=True` joins nobody."""
     await asyncio.gather(*(store.approvals.check_token(cold, fresh=True) for _ in range(10)))
 
     assert reads.number == 10

@@ -63,7 +63,6 @@ async def test_nothing_is_decided_after_the_deadline(store: GatewayStore) -> Non
 
 
 async def test_deadline_is_met_to_the_second(store: GatewayStore) -> None:
-    """A second before the deadline an approval is given, at the deadline none."""
     expires_at = clock.utc_now() + HOUR
     tokens = [await store.approvals.issue_token(make_request(expires_at=expires_at)) for _ in range(2)]
 
@@ -125,7 +124,6 @@ async def test_sweep_writes_what_has_expired(database_url: str, redis_setting: s
 
 
 async def test_sweeps_share_the_work(store: GatewayStore) -> None:
-    """Of several sweeps at once each approval is swept by one."""
     for _ in range(30):
         await store.approvals.issue_token(make_request(expires_at=clock.utc_now() + MINUTE))
     clock.move(MINUTE)
@@ -139,8 +137,6 @@ async def test_sweeps_share_the_work(store: GatewayStore) -> None:
 
 @EACH
 async def test_wall_clock_of_the_gateway_decides_nothing(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gateway whose own clock is hours off asks, decides and uses by the database's."""
-
     def wrong_now() -> datetime:
         return right_now() + 5 * HOUR
 
@@ -160,7 +156,6 @@ async def test_wall_clock_of_the_gateway_decides_nothing(store: GatewayStore, mo
 async def test_an_approval_waits_as_long_as_the_longest_setting_and_no_longer_one_is_taken(
     database_url: str, redis_setting: str
 ) -> None:
-    """The end of the wait is a time that both databases and Python can hold."""
     longest_s = MILLION_DAYS.total_seconds()
     with pytest.raises(ValidationError, match="approval_token_ttl_seconds"):
         StoreSettings(approval_token_ttl_seconds=longest_s + 1)

@@ -19,7 +19,6 @@ def stores(store: GatewayStore, other: GatewayStore) -> list[GatewayStore]:
 
 
 async def test_one_of_fifty_deciders_and_one_of_fifty_users_wins(stores: list[GatewayStore]) -> None:
-    """The other forty-nine are told who won, or that it has been used."""
     token = await stores[0].approvals.issue_token(make_request())
 
     async def vote(number: int) -> ApprovalResult:
@@ -53,7 +52,6 @@ async def test_two_voters_decide_exactly_once(stores: list[GatewayStore]) -> Non
 
 
 async def test_voice_raised_twice_at_once_counts_once(stores: list[GatewayStore]) -> None:
-    """One approver voting over two channels at once does not make two voices."""
     for _ in range(5):
         token = await stores[0].approvals.issue_token(make_request(required_approvals=2))
         answers = await asyncio.gather(
@@ -101,7 +99,6 @@ async def test_asking_again_races_with_the_decision(stores: list[GatewayStore]) 
 
 
 async def test_use_races_with_cancellation(stores: list[GatewayStore]) -> None:
-    """An approved call is either used or cancelled, and the loser is told."""
     for _ in range(10):
         token = await approved(stores[0])
         answers = await asyncio.gather(

@@ -75,7 +75,6 @@ async def test_a_listing_tells_the_votes_of_each_approval(store: GatewayStore) -
 
 
 async def test_the_votes_of_a_page_are_one_statement(store: GatewayStore) -> None:
-    """However many approvals the page has."""
     for number in range(10):
         await store.approvals.issue_token(make_request(request_id=f"r-{number}"))
     with counted_statements(store, "approval_votes") as statements:
@@ -170,7 +169,6 @@ async def test_an_export_has_the_votes_and_no_secret(store: GatewayStore, tmp_pa
 
 
 async def test_what_another_organisation_asked_is_not_exported(store: GatewayStore, tmp_path: Path) -> None:
-    """A bound store exports its own."""
     await filled(store)
 
     assert (await store.for_org("org-1").approvals.export(tmp_path / "a.jsonl")).rows == 2
@@ -191,7 +189,6 @@ async def record_notices(store: GatewayStore) -> None:
 
 
 async def test_cursors_from_before_a_restore_are_refused(store: GatewayStore) -> None:
-    """Those of every listing; those that come after it work."""
     await filled(store)
     await store.audit.write_many(make_event(request_id=f"e-{number}") for number in range(4))
     searches: tuple[Any, ...] = (store.audit.search, store.approvals.search, store.notifications.list)

@@ -28,7 +28,6 @@ async def filled(store: GatewayStore) -> dict[str, str]:
 
 
 async def test_every_filter_finds_what_it_means(store: GatewayStore) -> None:
-    """Each alone, and combined; newest first."""
     await filled(store)
 
     async def found(**filters: Any) -> list[str]:
@@ -139,7 +138,6 @@ async def test_history_shows_the_calls_of_an_approval(store: GatewayStore) -> No
 
 
 async def test_history_of_what_expired_was_cancelled_or_is_not_there(store: GatewayStore) -> None:
-    """Each end is told; a foreign or unknown id is not found."""
     pending, cancelled = [await store.approvals.issue_token(make_request()) for _ in range(2)]
     ids = [(await store.approvals.check_token(token)).approval_id for token in (pending, cancelled)]
     await store.approvals.cancel(cancelled, "dev-agent")

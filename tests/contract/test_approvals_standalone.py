@@ -40,7 +40,6 @@ async def test_whole_life(manager: ApprovalManager, session: AsyncSession) -> No
 
 @EACH
 async def test_refusal_leaves_the_session_usable(manager: ApprovalManager, session: AsyncSession) -> None:
-    """An error rolls the session back; the next call works."""
     token = await manager.issue_token(make_request())
     await manager.deny(token, "approver-1")
 
@@ -68,7 +67,6 @@ async def test_work_of_the_caller_goes_with_the_write(manager: ApprovalManager, 
 
 @EACH
 async def test_settings_and_organisation_are_taken(session: AsyncSession, client: redis.asyncio.Redis | None) -> None:
-    """`settings` and `org_id` mean what they mean for a store."""
     acme = ApprovalManager(session, client, org_id="acme", settings=StoreSettings(allow_self_approval=True))
     token = await acme.issue_token(make_request())
 
@@ -82,7 +80,6 @@ async def test_settings_and_organisation_are_taken(session: AsyncSession, client
 async def test_dependencies_of_a_web_framework_fit(
     database_url: str, redis_setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`get_db` and `get_redis` give what the manager takes, request after request."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("REDIS_URL", redis_setting)
     tokens = []

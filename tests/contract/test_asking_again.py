@@ -54,7 +54,6 @@ def ask(**fields: Any) -> ApprovalRequest:
 
 @EACH
 async def test_asking_again_binds_the_new_token_to_the_same_approval(store: GatewayStore) -> None:
-    """A retry gets its own token for the one approval; the token before it ends."""
     old = await store.approvals.issue_token(make_request(request_id="r-1"))
     asked = await store.approvals.check_token(old)
     clock.move(timedelta(milliseconds=5))  # so that a deadline set anew would be another one
@@ -84,7 +83,6 @@ async def test_asking_again_binds_the_new_token_to_the_same_approval(store: Gate
 )
 @EACH
 async def test_asking_for_another_call_is_another_approval(store: GatewayStore, other: dict[str, Any]) -> None:
-    """Organisation, caller, request id and tool call together make the same call."""
     first = await store.approvals.issue_token(make_request(request_id="r-1"))
     second = await store.approvals.issue_token(make_request(**({"request_id": "r-1"} | other)))
 
@@ -106,7 +104,6 @@ async def test_same_object_can_be_asked_again_while_pending(store: GatewayStore)
 
 
 async def test_token_of_another_approval_is_not_taken(store: GatewayStore) -> None:
-    """A request that brings a token already in use changes neither approval."""
     taken = await store.approvals.issue_token(make_request(request_id="r-1"))
     pending = await store.approvals.issue_token(make_request(request_id="r-2"))
 
@@ -173,7 +170,6 @@ async def test_same_terms_are_the_same_approval(store: GatewayStore, left_out: t
 
 @EACH
 async def test_asking_costs_as_few_statements_as_before(store: GatewayStore) -> None:
-    """One for the first time (with its notice two on SQLite), two for the same again."""
     with counted_statements(store) as first:
         await store.approvals.issue_token(ask(**TERMS), call=CALL)
     with counted_statements(store) as second:
@@ -212,7 +208,6 @@ async def test_cancelled_anywhere_the_same_request_can_be_asked_again(store: Gat
 
 
 async def test_both_notices_are_written(database_url: str) -> None:
-    """Approvers learn that the old one is cancelled and that the new one waits."""
     notifier = RecordingNotifier()
     async with GatewayStore(database_url, redis_url="", plugins=[notifier]) as store:
         for required in (1, 1, 2):
@@ -243,7 +238,6 @@ async def test_overdue_one_expires_and_the_new_one_is_asked(store: GatewayStore,
 
 
 async def test_many_who_ask_on_different_terms_leave_one_pending(store: GatewayStore, other: GatewayStore) -> None:
-    """Of twenty at once each gets a token; the approvals of all but one are cancelled."""
     both = [store, other]
 
     async def asking(number: int) -> str:
@@ -280,7 +274,6 @@ async def test_asking_on_other_terms_races_with_the_decision(store: GatewayStore
 
 
 async def test_only_the_own_organisation_is_cancelled(store: GatewayStore) -> None:
-    """The same call in another organisation stands as it is."""
     foreign = await store.for_org("globex").approvals.issue_token(ask())
     await store.for_org("acme").approvals.issue_token(ask())
     await store.for_org("acme").approvals.issue_token(ask(required_approvals=2))

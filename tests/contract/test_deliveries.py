@@ -29,7 +29,6 @@ def store_with(url: str, *notifiers: Post, settings: StoreSettings | None = None
 
 
 async def test_first_try_is_made_at_once(database_url: str) -> None:
-    """No poll is waited for, and the row says that the first try arrived."""
     post = Post()
     async with store_with(database_url, post, settings=StoreSettings(notification_poll_seconds=600)) as store:
         token = await store.approvals.issue_token(make_request())
@@ -81,7 +80,6 @@ async def test_tries_are_spaced_by_the_databases_clock(database_url: str) -> Non
 
 
 async def test_nonsense_about_when_to_come_back_is_ignored(database_url: str) -> None:
-    """A notifier that hands on what a receiver sent it can put no row off for ever."""
     asked: list[Any] = [float("nan"), float("inf"), -5, 10**400, "soon", True]
     posts = [
         Post(f"post-{at}", act=raising(errors.NotDeliveredError("429", retry_after_s=each), times=1))
@@ -113,7 +111,6 @@ async def test_giving_up(database_url: str) -> None:
 
 
 async def test_redriven_dead_letters_arrive_under_their_old_id(database_url: str) -> None:
-    """One, those of one notifier, or all; each has all its tries before it again."""
     posts = [Post(name, act=raising(DOWN, times=2)) for name in ("a", "b")]
     async with store_with(database_url, *posts, settings=quiet(notification_max_attempts=1)) as store:
         for _ in range(2):
@@ -153,7 +150,6 @@ async def test_a_decision_stays_behind_the_notice_before_it(database_url: str) -
 
 
 async def test_a_row_whose_notifier_is_not_here_is_left_alone(database_url: str) -> None:
-    """It waits for a process that has it, and is counted as not loaded meanwhile."""
     here, there = Post("here"), Post("there")
     async with store_with(database_url, here, there, settings=quiet()) as store:
         await store.approvals.issue_token(make_request())
@@ -171,7 +167,6 @@ async def test_a_row_whose_notifier_is_not_here_is_left_alone(database_url: str)
 
 
 async def test_a_bound_store_sends_lists_and_redrives_its_own(database_url: str) -> None:
-    """Rows of another organisation are neither sent nor seen nor counted nor deleted."""
     post = Post(act=raising(errors.NotDeliveredError("no", is_permanent=True), times=1))
     async with store_with(database_url, post, settings=quiet()) as store:
         acme, globex = store.for_org("acme"), store.for_org("globex")
@@ -189,7 +184,6 @@ async def test_a_bound_store_sends_lists_and_redrives_its_own(database_url: str)
 
 
 async def test_old_records_are_pruned_and_nothing_else(database_url: str) -> None:
-    """Only what arrived, and only what arrived long enough ago."""
     post, dead = Post(), Post("dead", act=raising(errors.NotDeliveredError("no", is_permanent=True)))
     async with store_with(database_url, post, dead, settings=quiet()) as store:
         for _ in range(2):
@@ -272,7 +266,6 @@ async def test_a_notice_that_kills_its_worker_is_given_up(database_url: str) -> 
 
 
 async def test_a_row_that_holds_no_notice_is_a_dead_letter(database_url: str) -> None:
-    """What somebody else wrote into the table stops nobody."""
     post = Post()
     async with store_with(database_url, post, settings=quiet()) as store:
         for _ in range(2):
@@ -288,7 +281,6 @@ async def test_a_row_that_holds_no_notice_is_a_dead_letter(database_url: str) ->
 
 
 async def test_a_notice_of_a_newer_version_is_sent_without_what_this_one_does_not_know(database_url: str) -> None:
-    """A gateway may be upgraded before its worker; fields are only ever added."""
     post = Post()
     async with store_with(database_url, post, settings=quiet()) as store:
         await store.approvals.issue_token(make_request())
@@ -328,8 +320,6 @@ async def test_a_slow_notifier_takes_no_place_of_another(database_url: str) -> N
 
 
 async def test_closing_lets_notices_under_way_arrive(database_url: str) -> None:
-    """Also those that wait for a place, and the decision that waits for its question."""
-
     async def slowly(_: Notice) -> None:
         await asyncio.sleep(0.05)
 

@@ -116,7 +116,6 @@ async def test_what_is_asked_while_the_store_closes_is_sent_by_another(
 
 
 async def test_what_is_asked_after_the_outbox_was_closed_is_sent_as_well(database_url: str) -> None:
-    """The database is closed last: until then no change is written without its rows."""
     store = await store_with(database_url, Post()).open()
     close = store.database.close
 
@@ -133,7 +132,6 @@ async def test_what_is_asked_after_the_outbox_was_closed_is_sent_as_well(databas
 async def test_a_claim_that_outlives_its_worker_is_not_recorded_for_ever(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it brings is left to its lease once the store is closed."""
     before = asyncio.all_tasks()
     claim, claimed, late = worker.claim, asyncio.Event(), asyncio.Event()
 

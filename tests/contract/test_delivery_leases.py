@@ -58,7 +58,6 @@ async def say_late(store: GatewayStore, delivery: Delivery) -> None:
 
 @pytest.mark.parametrize("status", list(DeliveryStatus))
 async def test_a_late_result_overwrites_no_other(database_url: str, status: DeliveryStatus) -> None:
-    """Whatever the second worker recorded stays as it is."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
         await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")])
@@ -104,7 +103,6 @@ async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -
 async def test_a_lease_counts_from_before_its_row_is_written(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not from the commit, which may come when most of the lease has passed."""
     written: list[float] = []
     begun: list[float] = []
     wrote_before: list[float] = []

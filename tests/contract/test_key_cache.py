@@ -129,7 +129,6 @@ async def test_new_good_key_is_never_called_wrong(store: GatewayStore, other: Ga
 
 
 async def test_callers_that_hang_up_count(store: GatewayStore, gate: Gate) -> None:
-    """Whoever leaves while bcrypt is at a wrong key has failed all the same."""
     issued = await issue(store)
     for number in range(8):
         gate.clear()
@@ -159,7 +158,6 @@ async def test_callers_of_a_right_key_that_give_up_lock_nobody_out(store: Gatewa
 
 
 async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate) -> None:
-    """Of fifty that share a check half leave; the others get their answer."""
     issued = await issue(store)
     gate.clear()
     tasks = [asyncio.create_task(store.keys.verify(issued.plaintext)) for _ in range(50)]
@@ -187,7 +185,6 @@ async def test_unknown_id_is_looked_up_once_a_second(store: GatewayStore, bcrypt
 
 
 async def test_known_key_of_another_organisation_is_refused(store: GatewayStore) -> None:
-    """What one view knows is no answer for another."""
     issued = await issue(store, org_id="acme")
     for view, expected in (
         (store, "good"),

@@ -129,7 +129,6 @@ def answers_lost(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> Iterat
 async def test_a_revocation_whose_answer_was_lost_leaves_no_trust(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was known is asked again."""
     issued = await issue(store)
     assert await answer(store, issued) == "good"
     with answers_lost(store, monkeypatch), pytest.raises(errors.StoreUnavailableError):
@@ -150,7 +149,6 @@ async def test_a_key_whose_answer_was_lost_is_handed_over(store: GatewayStore, m
 
 
 async def test_new_key_from_elsewhere_is_good_at_once(store: GatewayStore, other: GatewayStore) -> None:
-    """What this process knows of the key before does not make it refuse the one after."""
     old = await issue(store)
     assert await answer(store, old) == "good"
     new = await other.keys.rotate("dev-agent")

@@ -64,7 +64,6 @@ async def hold(
 
 
 async def test_full_queue_is_told(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 64 checks waiting the next is told to come back; the others are answered."""
     tasks, release = await hold(store, monkeypatch, 65)
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
@@ -78,7 +77,6 @@ async def test_full_queue_is_told(store: GatewayStore, monkeypatch: pytest.Monke
 async def test_check_under_way_counts_until_its_thread_is_done(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A caller that gives up makes no room while bcrypt is still at its key."""
     tasks, release = await hold(store, monkeypatch, 64)
     tasks[0].cancel()  # the first is in a thread, the others wait
     await asyncio.wait(tasks[:1])
@@ -91,7 +89,6 @@ async def test_check_under_way_counts_until_its_thread_is_done(
 
 
 async def test_closing_ends_the_checks_that_wait(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody takes that for a cancellation of theirs."""
     async with GatewayStore(database_url) as store:
         (_, *tasks), release = await hold(store, monkeypatch, 8)
     release()
@@ -103,7 +100,6 @@ async def test_closing_ends_the_checks_that_wait(database_url: str, monkeypatch:
 async def test_closing_ends_a_key_that_is_made_by_a_task_that_was_cancelled_before(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cancellation from which it went on is not this one."""
     release = threading.Event()
     monkeypatch.setattr(bcrypt, "hashpw", lambda *_: b"$2b$" if release.wait(10) else b"")
 

@@ -33,7 +33,6 @@ async def accepts(store: GatewayStore, *keys: IssuedKey) -> list[bool]:
 
 
 async def test_issued_key_is_verified(store: GatewayStore) -> None:
-    """The plaintext, as text or as SecretStr, tells who calls."""
     issued = await store.keys.issue("dev-agent", role="developer", trust_level=TrustLevel.MEDIUM, environment="staging")
     text = issued.plaintext.get_secret_value()
 
@@ -164,7 +163,6 @@ async def test_a_key_issued_while_another_is_rotated_stays(
 
 
 async def test_second_rotation_ends_the_first_key(store: GatewayStore) -> None:
-    """One key before the current one is accepted, not two."""
     first = await issue(store)
     second = await store.keys.rotate("dev-agent")
     third = await store.keys.rotate("dev-agent")
@@ -200,7 +198,6 @@ async def test_revocation_ends_every_key_at_once(store: GatewayStore) -> None:
 
 
 async def test_expiry_is_judged_by_the_database_clock(store: GatewayStore) -> None:
-    """A key is accepted up to `expires_at` and refused from then on."""
     issued = await store.keys.issue("dev-agent", role="r", expires_at=clock.utc_now() + HOUR)
     before = await accepts(store, issued)
     clock.move(HOUR)
@@ -225,7 +222,6 @@ async def test_a_lifetime_is_counted_by_the_database_clock(
 
 
 async def test_a_lifetime_that_cannot_be_is_refused(store: GatewayStore) -> None:
-    """None at all, one beyond what a database holds, or two ends; no key is made."""
     for lifetime in (timedelta(), -HOUR, MILLION_DAYS + HOUR):
         with pytest.raises(ValueError, match="expires_in must be more than zero"):
             await issue(store, expires_in=lifetime)
@@ -237,7 +233,6 @@ async def test_a_lifetime_that_cannot_be_is_refused(store: GatewayStore) -> None
 async def test_a_key_is_read_with_the_time_of_the_database(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row is that of `get`; a clock of this process that is wrong changes nothing."""
     await issue(store)
     right_now = clock.utc_now
     monkeypatch.setattr(clock, "utc_now", lambda: right_now() - 5 * HOUR)
@@ -259,7 +254,6 @@ async def test_second_key_of_a_caller_is_refused(store: GatewayStore) -> None:
 
 
 async def test_of_concurrent_issues_one_succeeds(store: GatewayStore) -> None:
-    """Two operators at once leave one key; also where a revoked one is replaced."""
     for _ in range(2):
         answers = await asyncio.gather(*(issue(store) for _ in range(4)), return_exceptions=True)
         (issued,) = [answer for answer in answers if isinstance(answer, IssuedKey)]
@@ -303,7 +297,6 @@ async def test_every_key_that_a_caller_had_stays_on_record(store: GatewayStore) 
 
 
 async def test_the_database_holds_one_active_key_of_a_caller(store: GatewayStore) -> None:
-    """Whoever writes: a second one is refused, another organisation has its own."""
     await issue(store)
     await store.keys.revoke("dev-agent")
     row = (await issue(store)).api_key
@@ -369,7 +362,6 @@ async def test_key_is_verified_although_its_use_cannot_be_noted(
 
 
 async def test_unknown_caller_is_told(store: GatewayStore) -> None:
-    """Without a key there is nothing to get, rotate or revoke."""
     for ask in (store.keys.get, store.keys.read, store.keys.rotate, store.keys.revoke):
         with pytest.raises(errors.ApiKeyNotFoundError, match="No API key for caller 'nobody': issue one") as caught:
             await ask("nobody")
@@ -379,7 +371,6 @@ async def test_unknown_caller_is_told(store: GatewayStore) -> None:
 
 
 async def test_keys_are_listed_from_the_newest(store: GatewayStore) -> None:
-    """Newest first, page by page; a page shows no hash."""
     issued = [await issue(store, f"agent-{number}") for number in range(3)]
 
     assert [row.caller_id for row in await store.keys.list(limit=2)] == ["agent-2", "agent-1"]

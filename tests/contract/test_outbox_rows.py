@@ -65,7 +65,6 @@ async def test_payload_is_the_notice(database_url: str) -> None:
 
 
 async def test_no_notifier_costs_nothing(database_url: str) -> None:
-    """Without notifiers no row is written, and issuing takes one statement."""
     async with quiet_store(database_url) as store:
         await store.approvals.issue_token(make_request())
         with counted_statements(store) as statements:
@@ -100,7 +99,6 @@ async def test_asking_deciding_and_using_are_one_round_trip_on_postgresql(
 
 
 async def test_asking_again_and_votes_that_do_not_decide_tell_nobody(database_url: str) -> None:
-    """A rebind writes no row; of two voices needed the second writes them."""
     async with quiet_store(database_url, Post()) as store:
         request = make_request(required_approvals=2)
         await store.approvals.issue_token(request)
@@ -146,7 +144,6 @@ async def test_asking_again_after_the_deadline_tells_everybody_once(database_url
 
 
 async def test_a_change_that_does_not_happen_writes_no_row(database_url: str) -> None:
-    """Refused decisions, and transactions that are rolled back, leave none."""
     async with quiet_store(database_url, Post()) as store:
         token = await store.approvals.issue_token(make_request())
         with pytest.raises(errors.SelfApprovalError):
@@ -197,7 +194,6 @@ async def test_session_of_the_callers_writes_rows_only_if_told_to_whom(database_
 
 
 async def test_a_notice_is_sent_after_the_commit(database_url: str) -> None:
-    """What a notifier is told stands in the database, as another connection sees it."""
     found: list[str] = []
 
     async def read(notice: Notice) -> None:

@@ -47,7 +47,6 @@ async def test_approved_output_runs_no_call(store: GatewayStore) -> None:
 
 
 async def test_approved_call_releases_no_output(store: GatewayStore) -> None:
-    """Nor does an approval to run the call release an output that stands beside it."""
     token = await approved(store, output_payload=OUTPUT)
 
     with pytest.raises(errors.ApprovalMismatchError, match="is for the scope EXECUTION, not for OUTPUT_RELEASE"):
@@ -59,7 +58,6 @@ async def test_approved_call_releases_no_output(store: GatewayStore) -> None:
 
 @cases("payload", [OUTPUT, "text", "", 0, False, [], {}, "\0\ud800", [float("nan"), 2**64]])
 async def test_output_is_given_as_it_was_stored(store: GatewayStore, payload: Any) -> None:
-    """Any JSON comes back as approvers saw it, and the approval is used."""
     token = await approved(store, scope=RELEASE, output_payload=payload)
     (shown,) = await store.approvals.list_requests("APPROVED")
     output = await store.approvals.release_output(token, caller_id="dev-agent")
@@ -115,7 +113,6 @@ async def test_output_is_released_by_approval_only(store: GatewayStore) -> None:
     ],
 )
 async def test_output_that_was_changed_is_not_released(store: GatewayStore, assignment: str, why: str) -> None:
-    """It is refused, says so, and is not used up."""
     token = await approved(store, scope=RELEASE, output_payload="harmless")
     await change(store, assignment)
 
@@ -151,7 +148,6 @@ async def test_hash_follows_the_hash_key(database_url: str) -> None:
 
 @EACH
 async def test_output_is_in_no_notice_and_no_entry(store: GatewayStore, client: redis.asyncio.Redis | None) -> None:
-    """Neither notifiers nor Redis hold what waits for its release, before and after."""
     secret = "the-output-5d1c"
     token = await approved(store, scope=RELEASE, output_payload={"rows": [secret]})
     texts = [repr(await store.approvals.check_token(token))]

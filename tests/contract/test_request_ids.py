@@ -38,7 +38,6 @@ async def in_one_batch(store: GatewayStore, events: list[AuditEvent]) -> list[Wr
 
 
 async def test_the_same_event_in_later_batches_is_a_duplicate(store: GatewayStore) -> None:
-    """Alone, in a batch with new events, and in bulk."""
     event = make_event()
 
     assert await store.audit.write(event) is STORED
@@ -115,7 +114,6 @@ async def test_an_attacker_who_takes_the_derived_id_hides_nothing(store: Gateway
 
 
 async def test_long_used_ids_stay_apart(store: GatewayStore) -> None:
-    """Ids at the limit of an indexed column, in any script, get derived ids within it."""
     ids = ["x" * 512, "x" * 5_000, "\u20ac" * 170, "\0" * 300, "\ud800" * 170]
     events = [make_event(request_id=request_id, tool_name=tool) for request_id in ids for tool in ("a", "b", "c")]
 
@@ -158,7 +156,6 @@ async def test_many_writers_of_few_ids_lose_nothing(store: GatewayStore, databas
 
 
 async def test_known_and_reused_ids_of_a_batch_are_looked_up_together(store: GatewayStore) -> None:
-    """With new events among them: each gets its outcome, and no row goes on its own."""
     known = [make_event(request_id=f"id {number}") for number in range(60)]
     others = [make_event(request_id=f"id {number}", tool_name="other") for number in range(0, 60, 3)]
     new = [make_event() for _ in range(30)]

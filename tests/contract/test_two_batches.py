@@ -178,7 +178,6 @@ async def cut_off(store: GatewayStore, tasks: list[asyncio.Task[WriteOutcome]]) 
 
 
 async def test_an_outage_that_both_batches_meet_at_once_loses_nothing(url: str) -> None:
-    """The spool, which is made by the first of them, keeps the events of both."""
     async with GatewayStore(url, redis_url="") as store:
         backend = await WatchedBackend.within(store)
         backend.fault = "away"
@@ -195,7 +194,6 @@ async def test_an_outage_that_both_batches_meet_at_once_loses_nothing(url: str) 
 
 
 async def test_connections_that_died_idle_are_both_replaced(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that meets the one and then the other is STORED by a new one."""
     execute_sql = asyncpg.Connection.execute
     met = list[asyncpg.Connection]()
 
@@ -215,7 +213,6 @@ async def test_connections_that_died_idle_are_both_replaced(url: str, monkeypatc
 
 
 async def test_what_a_caller_writes_one_after_the_other_stays_in_order(url: str) -> None:
-    """By id and for a follower, among 40 callers whose batches overtake each other."""
     async with GatewayStore(url, redis_url="") as store:
         start = await store.audit.changes()
 

@@ -140,8 +140,6 @@ async def test_reasons_are_one_line_without_secrets(database_url: str) -> None:
 
 
 async def test_one_plugin_cannot_change_what_another_sees(database_url: str) -> None:
-    """Each has a copy to the last argument."""
-
     def spoil(facts: dict[str, Any]) -> None:
         facts["request"].tool_call.arguments["path"] = "/etc/passwd"
 
@@ -170,7 +168,6 @@ async def test_plugins_are_not_asked_about_what_cannot_be_decided(database_url: 
 
 
 async def test_no_lock_is_held_while_a_plugin_thinks(database_url: str) -> None:
-    """While a plugin is asked, another may decide; the late approver loses."""
     asked, answer = threading.Event(), threading.Event()
 
     def think(facts: dict[str, Any]) -> None:
@@ -191,7 +188,6 @@ async def test_no_lock_is_held_while_a_plugin_thinks(database_url: str) -> None:
 
 
 async def test_without_such_a_plugin_nothing_more_is_read(database_url: str) -> None:
-    """A decision costs the same statements as before; with one plugin, one read more."""
     counts = []
     for plugins in ((), (Objector("calm", lambda _: None),)):
         async with open_with(database_url, *plugins) as store:

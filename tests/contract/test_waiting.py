@@ -76,7 +76,6 @@ async def test_a_decision_elsewhere_wakes_every_waiter(store: GatewayStore, othe
 async def test_a_decision_by_id_ends_a_wait_as_well(
     store: GatewayStore, other: GatewayStore, client: redis.asyncio.Redis
 ) -> None:
-    """Also where Redis has forgotten which token belongs to the id."""
     token = await store.approvals.issue_token(make_request())
     (waiter,) = await begin(store, token)
     approval_id = (await store.approvals.check_token(token)).approval_id
@@ -89,7 +88,6 @@ async def test_a_decision_by_id_ends_a_wait_as_well(
 
 
 async def test_a_decision_in_the_same_store_wakes_at_once(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any network between them the waiter need not wait for a poll."""
     monkeypatch.setattr(PubSub, "poll_s", 60.0)
     token = await store.approvals.issue_token(make_request())
     (waiter,) = await begin(store, token)
@@ -102,7 +100,6 @@ async def test_a_decision_in_the_same_store_wakes_at_once(store: GatewayStore, m
 async def test_waiters_of_one_approval_share_their_reads(
     store: GatewayStore, other: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decision costs one read at most, not one for each of a hundred waiters."""
     token = await store.approvals.issue_token(make_request())
     waiting = await begin(store, token, 100)
     reads = Reads(store, monkeypatch)
@@ -139,7 +136,6 @@ async def test_a_forged_message_costs_a_read_and_tells_nothing(
 async def test_a_decision_while_the_subscription_was_cut_wakes_with_the_next_one(
     store: GatewayStore, other: GatewayStore, client: redis.asyncio.Redis | None
 ) -> None:
-    """Whoever subscribes again looks once, rather than wait for the slow poll."""
     if client is None and not store.database.can_listen:
         return  # without a subscription there is none to be cut
     token = await store.approvals.issue_token(make_request())
@@ -234,7 +230,6 @@ async def test_a_deadline_that_is_over_here_alone_is_not_read_again_and_again(
 
 @CHANNELS
 async def test_the_timeout_decides_nothing_and_leaves_nothing(store: GatewayStore) -> None:
-    """At the timeout the waiter gets PENDING; the approval can still be decided."""
     token = await store.approvals.issue_token(make_request())
     began = time.monotonic()
     result = await store.approvals.wait_for_decision(token, timeout_s=0.2)
@@ -248,7 +243,6 @@ async def test_the_timeout_decides_nothing_and_leaves_nothing(store: GatewayStor
 
 @cases("timeout_s", [None, "5", float("nan")])
 async def test_a_timeout_that_is_no_number_is_refused(store: GatewayStore, timeout_s: Any) -> None:
-    """With a sentence that names it, and before anything is waited for."""
     token = await store.approvals.issue_token(make_request())
 
     with pytest.raises((TypeError, ValueError), match="timeout_s must be a number, not"):
@@ -256,7 +250,6 @@ async def test_a_timeout_that_is_no_number_is_refused(store: GatewayStore, timeo
 
 
 async def test_an_unknown_token_is_told_at_once(store: GatewayStore) -> None:
-    """Nobody waits for what does not exist."""
     async with asyncio.timeout(SOON_S):
         with pytest.raises(errors.ApprovalNotFoundError):
             await store.approvals.wait_for_decision("no-such-token", timeout_s=20)
@@ -281,7 +274,6 @@ async def test_cancelled_waiters_leave_nothing_and_disturb_nobody(store: Gateway
 
 @CHANNELS
 async def test_a_closing_store_lets_its_waiters_go(database_url: str, redis_setting: str) -> None:
-    """`close` does not leave tasks behind that wait for ever."""
     store = await GatewayStore(database_url, redis_url=redis_setting).open()
     token = await store.approvals.issue_token(make_request())
     waiter = asyncio.create_task(store.approvals.wait_for_decision(token, timeout_s=20))
@@ -294,7 +286,6 @@ async def test_a_closing_store_lets_its_waiters_go(database_url: str, redis_sett
 
 @pytest.mark.parametrize("ticks", range(0, 12, 3))
 async def test_closing_while_the_subscription_begins_ends(tmp_path: Path, redis_url: str, ticks: int) -> None:
-    """Wherever the cancellation meets redis-py, also where it is swallowed."""
     async with GatewayStore(f"sqlite:///{tmp_path}/test.db", redis_url=redis_url) as store:
         token = await store.approvals.issue_token(make_request())
         waiting = asyncio.ensure_future(store.approvals.wait_for_decision(token, timeout_s=0.01))

@@ -93,7 +93,6 @@ async def test_no_release_goes_to_the_wrong_agent(migrated_postgres_database: Ca
 async def test_one_of_many_processes_runs(
     migrated_postgres_database: Callable[[], str], approvals: int, callers: int
 ) -> None:
-    """Four processes acquire the same calls on one PostgreSQL at the same moment."""
     url = migrated_postgres_database()
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(GatewayStore(url, redis_url=""))

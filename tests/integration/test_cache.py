@@ -30,7 +30,6 @@ async def client(fresh_redis_url: str) -> AsyncIterator[RedisClient]:
 
 @pytest.mark.parametrize("value", [None, True, 0, 1.5, "text \u20ac", [], {"a": [1, {"b": None}]}])
 async def test_json_comes_back(client: RedisClient, value: Any) -> None:
-    """Any JSON value is stored, read, and deleted once."""
     await set_json(client, "key", value, 60)
 
     assert await get_json(client, "key") == value
@@ -41,7 +40,6 @@ async def test_json_comes_back(client: RedisClient, value: Any) -> None:
 
 @pytest.mark.parametrize(("ttl", "milliseconds"), [(60, 60_000), (7.5, 7_500), (timedelta(minutes=2), 120_000)])
 async def test_every_entry_has_an_end(client: RedisClient, ttl: Any, milliseconds: int) -> None:
-    """The TTL is set with the value, in the unit given."""
     await set_json(client, "key", 1, ttl)
 
     assert milliseconds - 5_000 < await client.pttl("key") <= milliseconds
@@ -49,7 +47,6 @@ async def test_every_entry_has_an_end(client: RedisClient, ttl: Any, millisecond
 
 @pytest.mark.parametrize("ttl", [0, -1, -0.001, math.nan, math.inf, timedelta(), timedelta(seconds=-1)])
 async def test_an_entry_without_an_end_is_refused(client: RedisClient, ttl: Any) -> None:
-    """ValueError, and nothing is stored; so with `put_newer`."""
     with pytest.raises(ValueError, match="ttl must be above zero"):
         await set_json(client, "key", 1, ttl)
     if not isinstance(ttl, timedelta):
@@ -61,7 +58,6 @@ async def test_an_entry_without_an_end_is_refused(client: RedisClient, ttl: Any)
 
 @pytest.mark.parametrize("value", [math.nan, {"a": math.inf}, {1, 2}, b"x"])
 async def test_what_is_no_json_is_refused(client: RedisClient, value: Any) -> None:
-    """Nothing is stored that another reader could not parse."""
     with pytest.raises((ValueError, TypeError)):
         await set_json(client, "key", value, 60)
 
@@ -70,14 +66,12 @@ async def test_what_is_no_json_is_refused(client: RedisClient, value: Any) -> No
 
 @pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"nul", NESTED])
 async def test_garbage_reads_as_absent(client: RedisClient, garbage: Any) -> None:
-    """An entry that somebody else broke is a miss."""
     await client.set("key", garbage)
 
     assert await get_json(client, "key") is None
 
 
 async def test_get_redis_gives_a_client_or_none(monkeypatch: pytest.MonkeyPatch, fresh_redis_url: str) -> None:
-    """By REDIS_URL, and closed afterwards; without one there is none."""
     assert [found async for found in get_redis()] == [None]
     monkeypatch.setenv("REDIS_URL", fresh_redis_url)
     async for found in get_redis():
@@ -91,7 +85,6 @@ async def test_get_redis_gives_a_client_or_none(monkeypatch: pytest.MonkeyPatch,
 
 
 async def test_without_a_client_everything_is_a_miss() -> None:
-    """The store works with no Redis at all."""
     cache = RedisCache(None)
     await cache.delete("key")
 
@@ -101,7 +94,6 @@ async def test_without_a_client_everything_is_a_miss() -> None:
 
 
 async def test_an_entry_comes_back_with_its_remaining_life(client: RedisClient) -> None:
-    """In one round trip."""
     cache = RedisCache(client, timeout_s=5)
     entry = {"version": 1, "text": "\u20ac"}
 
@@ -130,7 +122,6 @@ async def test_an_older_version_never_replaces_a_newer_one(client: RedisClient) 
 
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[1]", b"5", b'{"version":"99"}', b'{"version":null}', NESTED])
 async def test_garbage_is_replaced(client: RedisClient, garbage: Any) -> None:
-    """What is no entry of ours has no version, so it stands in nobody's way."""
     await client.set("key", garbage)
     cache = RedisCache(client, timeout_s=5)
 
@@ -153,7 +144,6 @@ async def test_a_key_of_another_type_is_a_miss_and_replaced(
 
 
 async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -> None:
-    """Whoever receives the message finds the entries."""
     cache = RedisCache(client, timeout_s=5)
     await cache.put_newer([CacheEntry("key-0", '{"version": 1}', 1, 60)])
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -170,7 +160,6 @@ async def test_entries_and_a_message_go_in_one_round_trip(client: RedisClient) -
 
 
 async def test_what_many_tasks_put_shares_a_few_round_trips(client: RedisClient) -> None:
-    """Each learns of its own entry whether it was stored, and each message goes out."""
     cache = RedisCache(client, timeout_s=5)
     await cache.put_newer([CacheEntry("key-3", '{"version": 2}', 2, 60)])
 
@@ -197,7 +186,6 @@ async def test_what_many_tasks_put_shares_a_few_round_trips(client: RedisClient)
 
 
 async def test_a_put_goes_on_without_the_task_that_was_cancelled(client: RedisClient) -> None:
-    """`join`, with which a store closes, waits for it."""
     cache = RedisCache(client, timeout_s=5)
     tasks = [asyncio.create_task(cache.put_newer([CacheEntry(f"key-{n}", '{"version": 1}', 1, 60)])) for n in range(3)]
     await asyncio.sleep(0)
@@ -210,7 +198,6 @@ async def test_a_put_goes_on_without_the_task_that_was_cancelled(client: RedisCl
 
 
 async def test_a_message_goes_out_from_a_redis_whose_memory_is_full(client: RedisClient) -> None:
-    """It takes no entry, and says so."""
     cache = RedisCache(client, timeout_s=5)
     limit = (await client.config_get("maxmemory"))["maxmemory"]
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -230,7 +217,6 @@ async def test_a_message_goes_out_from_a_redis_whose_memory_is_full(client: Redi
 
 
 async def test_a_redis_that_forgot_the_scripts_is_given_them_again(client: RedisClient) -> None:
-    """As after a restart."""
     cache = RedisCache(client, timeout_s=5)
     assert await cache.put_newer([CacheEntry("key", '{"version": 1}', 1, 60)])
     await client.script_flush()
@@ -240,7 +226,6 @@ async def test_a_redis_that_forgot_the_scripts_is_given_them_again(client: Redis
 
 
 async def test_a_message_goes_out_beside_an_entry_that_is_too_old(client: RedisClient) -> None:
-    """What it tells of happened, whatever stands there by now."""
     cache = RedisCache(client, timeout_s=5)
     assert await cache.put_newer([CacheEntry("late", '{"version": 2}', 2, 60)]) is True
     async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -259,8 +244,6 @@ async def test_a_message_goes_out_beside_an_entry_that_is_too_old(client: RedisC
 
 @pytest.mark.parametrize("decode_responses", [False, True])
 async def test_a_client_of_the_hosts_own_kind_serves_as_well(redis_url: str, decode_responses: bool) -> None:
-    """One that decodes, and one whose connections are of a class of its own."""
-
     class Unusual(redis.asyncio.Connection):
         async def read_response(self, *args: Any, **options: Any) -> Any:
             return await super().read_response(*args, **options)

@@ -219,7 +219,6 @@ async def test_no_order_serves_what_is_too_old(store: GatewayStore, fresh_redis_
 async def test_no_order_of_two_readers_serves_what_is_too_old(
     store: GatewayStore, fresh_redis_url: str, move: str
 ) -> None:
-    """The same with a second reader, in all 630 orders."""
     every = list(orders("reader", "second reader", "decider"))
     await meet(store, fresh_redis_url, move, plans(every, 2, 4))
 

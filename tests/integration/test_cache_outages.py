@@ -45,7 +45,6 @@ async def timed(awaitable: Any) -> tuple[Any, float]:
 
 @pytest.mark.parametrize("connected", [True, False])
 async def test_a_server_that_hangs_costs_one_timeout(pausable: servers.RedisServer, connected: bool) -> None:
-    """On an open connection and on a new one; the driver tries nothing twice."""
     async with create_redis(pausable.url, timeout_s=0.2) as client:
         if connected:
             await client.ping()
@@ -65,7 +64,6 @@ async def test_a_server_that_hangs_costs_one_timeout(pausable: servers.RedisServ
 
 
 async def test_a_refused_port_costs_nothing() -> None:
-    """Nobody listens there: the error is immediate, and no retry stretches it."""
     async with create_redis("redis://127.0.0.1:1") as client:
         error, seconds = await timed(get_json(client, "key"))
 
@@ -130,7 +128,6 @@ async def test_an_outage_costs_one_timeout_per_interval(
 
 
 async def test_a_cancelled_caller_is_cancelled(pausable: servers.RedisServer) -> None:
-    """A cancellation is no fault of Redis: it passes, and Redis stays in use."""
     async with create_redis(pausable.url, timeout_s=5) as client:
         cache = RedisCache(client, timeout_s=5)
         await client.ping()

@@ -14,8 +14,6 @@ CALL = ("--caller", "backup", "--server", "disk", "--tool", "wipe", "--arguments
 
 
 def test_exit_codes_say_whether_to_run(cli: Callable[..., Outcome]) -> None:
-    """6 while a human is asked, 0 once it is approved, 7 if it is denied."""
-
     def acquire(*options: str) -> tuple[int, dict[str, str]]:
         found = cli("approvals", "acquire", *CALL, "--json", *options)
         return found.code, json.loads(found.out)
@@ -33,7 +31,6 @@ def test_exit_codes_say_whether_to_run(cli: Callable[..., Outcome]) -> None:
 
 
 def test_people_read_what_to_do(cli: Callable[..., Outcome]) -> None:
-    """One sentence for each answer; wrong arguments are usage errors."""
     asked = cli("approvals", "acquire", *CALL)
     assert (asked.code, "run this command again after the decision" in asked.out) == (6, True)
     approval_id = asked.out.split()[1]

@@ -28,7 +28,6 @@ def filled(cli: Callable[..., Outcome], url: str) -> Callable[..., Outcome]:
 
 
 def test_list_and_show_tell_the_votes(filled: Callable[..., Outcome]) -> None:
-    """In tables and in JSON."""
     listed = json.loads(filled("approvals", "list", "--json").out)["items"]
     assert [[vote["channel"] for vote in each["votes"]] for each in listed] == [[], ["slack"]]
     assert "carla DENIED (slack)" in filled("approvals", "list", "--status", "denied").out
@@ -58,7 +57,6 @@ def test_a_call_that_was_not_stored_whole_says_so(cli: Callable[..., Outcome], u
 
 
 def test_counts(filled: Callable[..., Outcome]) -> None:
-    """With filters, groups and a time zone; a wrong one is an error of usage."""
     rows = json.loads(filled("approvals", "stats", "--by", "status", "--json").out)["items"]
     assert {row["status"]: row["approvals"] for row in rows} == {"DENIED": 1, "PENDING": 1}
     only = ("approvals", "stats", "--caller", "other", "--bucket", "1d", "--time-zone", "Asia/Kolkata", "--json")
@@ -70,7 +68,6 @@ def test_counts(filled: Callable[..., Outcome]) -> None:
 
 
 def test_export(filled: Callable[..., Outcome], tmp_path: Path) -> None:
-    """To a file that is not replaced unless told."""
     path = tmp_path / "a.jsonl"
     assert json.loads(filled("approvals", "export", str(path), "--status", "denied", "--json").out)["rows"] == 1
     assert json.loads(path.read_text())["votes"][0]["note"] == "No"

@@ -45,7 +45,6 @@ def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcom
 @pytest.mark.system
 @pytest.mark.parametrize(("url", "number"), [("sqlite", signal.SIGTERM), ("postgres", signal.SIGINT)], indirect=["url"])
 def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome], number: signal.Signals) -> None:
-    """It sends what comes until then, and ends with 0 and no traceback."""
     with process("--database-url", url, "notifications", "run") as worker:
         assert worker.stderr is not None
         assert worker.stderr.readline() == "Sending notices to: log.\n"
@@ -91,7 +90,6 @@ def test_doctor_tells_of_dead_letters_and_of_notifiers_that_are_nowhere(
     url: str,
     cli: Callable[..., Outcome],
 ) -> None:
-    """Both are warnings that say what to do; nothing is sent by looking."""
     for number in range(2):
         ask(url, f"r-{number}")
     servers.run(execute_on(url, "UPDATE notification_deliveries SET status = 'DEAD' WHERE id % 2 = 0"))
@@ -112,7 +110,6 @@ def test_a_decision_on_the_command_line_is_told_before_the_command_ends(
     cli: Callable[..., Outcome],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`approvals deny` makes the first try itself, and waits for it."""
     approval_id = ask(url, "r-1")
     cli("notifications", "run", "--once")
     monkeypatch.setenv("NOTIFICATION_WORKER", "true")

@@ -81,7 +81,6 @@ async def test_kill_9_loses_no_notice(url: str, tmp_path: Path, rounds: int) -> 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_two_workers_share_one_outbox(url: str, tmp_path: Path, count: int) -> None:
-    """Each row is delivered once, by one of them, and neither is idle."""
     async with GatewayStore(url, redis_url="", plugins=[File(tmp_path / "none")], settings=quiet()) as store:
         waiting = iter(range(count))
 

@@ -18,7 +18,6 @@ from builders import CALL, make_request
 from proofs.harness import execute, migrated
 from servers import PostgresServer
 
-
 pytestmark = pytest.mark.system
 
 
@@ -43,7 +42,6 @@ async def live(url: str) -> None:
 async def test_who_may_not_notify_decides_all_the_same(
     migrated_postgres_database: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is found out once, and said once; `listen=false` says it beforehand."""
     url = migrated_postgres_database()
     role = f"gateway_{secrets.token_hex(4)}"
     await execute(

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.unit
 
 
 async def test_a_read_from_before_a_change_answers_nobody_after_it() -> None:
-    """Whoever came before is answered by it, as if the change had come a moment later."""
     waiting, gate = Waiting(None, trust_s=60), asyncio.Event()
 
     async def read(status: ApprovalStatus) -> ApprovalResult:

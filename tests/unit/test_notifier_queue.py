@@ -90,7 +90,6 @@ async def test_what_comes_the_moment_the_last_attempt_ends_is_sent() -> None:
 
 
 async def test_an_attempt_that_breaks_leaves_the_others_their_turn() -> None:
-    """It goes back as untried; the rest is sent."""
     recorder = Kept()
 
     class Breaking(Slow):
@@ -125,7 +124,6 @@ async def test_what_outlived_its_lease_in_the_queue_is_not_sent() -> None:
 
 
 async def test_what_waits_goes_back_when_it_is_closed() -> None:
-    """No attempt begins any more, neither of what is here nor of what comes."""
     dispatcher, recorder = Slow(), Kept()
     queue = queue_over(dispatcher, recorder)
     given = [delivery() for _ in range(3)]
