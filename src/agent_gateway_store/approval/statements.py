@@ -242,18 +242,25 @@ REISSUE = sql_statement("""
     RETURNING {returning}
     """)
 
-CANCEL_OTHER_TERMS = sql_statement("""
+_EXPIRE = """
+    UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
+    WHERE {scope} AND {is_overdue}
+    RETURNING {returning}
+    """
+_CANCEL = """
     UPDATE approval_requests SET status = 'CANCELLED', version = version + 1,
         approver_id = caller_id, approver_note = 'Asked again with other terms.', decision_at = {now}
-    WHERE {same_call} AND status = 'PENDING' AND {is_pending} AND NOT ({same_terms})
+    WHERE {scope} AND NOT ({same})
     RETURNING {returning}
-    """)
-
-EXPIRE_SAME_CALL = sql_statement("""
-    UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
-    WHERE {same_call} AND {is_overdue}
-    RETURNING {returning}
-    """)
+    """
+EXPIRE_SAME_CALL = sql_statement(_EXPIRE.replace("{scope}", "{same_call}"))
+CANCEL_OTHER_TERMS = sql_statement(
+    _CANCEL.replace("{scope}", "{same_call} AND status = 'PENDING' AND {is_pending}").replace("{same}", "{same_terms}")
+)
+EXPIRE_ACQUIRED = sql_statement(_EXPIRE.replace("{scope}", "{acquired}"))
+CANCEL_ACQUIRED = sql_statement(
+    _CANCEL.replace("{scope}", "{acquired} AND ({is_pending} OR {is_approved})").replace("{same}", "{same_ask}")
+)
 
 USE_ACQUIRED = sql_statement("""
     UPDATE approval_requests SET status = 'USED', version = version + 1, used_at = {now}
@@ -264,19 +271,6 @@ USE_ACQUIRED = sql_statement("""
 READ_ACQUIRED = sql_statement(
     "SELECT {readable} FROM approval_requests WHERE {acquired} AND {is_pending} AND {same_ask}"
 )
-
-EXPIRE_ACQUIRED = sql_statement("""
-    UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
-    WHERE {acquired} AND {is_overdue}
-    RETURNING {returning}
-    """)
-
-CANCEL_ACQUIRED = sql_statement("""
-    UPDATE approval_requests SET status = 'CANCELLED', version = version + 1,
-        approver_id = caller_id, approver_note = 'Asked again with other terms.', decision_at = {now}
-    WHERE {acquired} AND ({is_pending} OR {is_approved}) AND NOT ({same_ask})
-    RETURNING {returning}
-    """)
 
 # `|| ''` keeps the planner from the index over the status, where denials are rare by the statistics.
 RECENTLY_DENIED = sql_statement(
