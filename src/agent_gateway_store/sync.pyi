@@ -235,7 +235,7 @@ class SyncApprovalManager:
     def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
     ) -> Page[ApprovalRequest]:
-        """Return approvals, newest first, ties broken by id. `next_cursor` leads on; new approvals do not move it."""
+        """Do `search` by one status, as a reader sees it (EXPIRED from the deadline on); None: all."""
 
     def search(
         self, *, limit: int = 50, cursor: str | None = None, **filters: Unpack[ApprovalFilters]

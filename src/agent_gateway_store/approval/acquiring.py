@@ -38,13 +38,9 @@ _TRIES = 10
 
 
 def acquire_values(values: dict[str, Any], *, bind: str, settings: StoreSettings) -> dict[str, Any]:
-    """Return the parameters by which a call is acquired.
+    """Return the parameters by which a call is acquired, from those that `issue_values` gives.
 
-    Args:
-        values: As `issue_values` gives them; those that name the approval are replaced by each asking, because one
-            request object may be asked with many times.
-        bind: Whatever else must be equal for two calls to be the same.
-        settings: In force.
+    Each asking replaces those that name the approval, because one request object may be asked with many times.
     """
     call = [values["p_org_id"], values["p_caller_id"], values["p_tool_call_hash"], bind]
     return {
@@ -62,24 +58,20 @@ class _DeniedMeanwhileError(Exception):
 
 
 class Acquiring:
-    """Uses, finds or asks for the approval of a call.
-
-    Args:
-        changes: Where approvals are kept, and who learns of them.
-    """
+    """Uses, finds or asks for the approval of a call."""
 
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
 
     async def acquire(self, values: dict[str, Any], *, wait_s: float) -> ApprovalResult:
-        """Do as `ApprovalManager.acquire` says; `values` as `acquire_values` gives them."""
+        """Acquire by what `acquire_values` gives; the rest as for `ApprovalManager.acquire`."""
+        # The ids under which it was asked for.
         tried: set[UUID] = set()
         found = await self._waited_for(values, tried, number("wait_s", wait_s))
         # A copy, which tasks that wait for one approval do not share.
         return found.model_copy(update={"is_new": found.approval_id in tried})
 
     async def _waited_for(self, values: dict[str, Any], tried: set[UUID], wait_s: float) -> ApprovalResult:
-        """Acquire; `tried` receives the ids under which it was asked for."""
         loop = asyncio.get_running_loop()
         end = loop.time() + wait_s
         found = await self._changes.waiting.through_outage(lambda: self._acquire(values, tried), end)

@@ -49,11 +49,10 @@ class ApprovalSnapshot(FrozenModel):
     life_ms: int
 
     def is_fresh(self, left_ms: int, *, trust_s: float) -> bool:
-        """True if its status may be believed: it was read less than `trust_s` ago, and is final or has not ended.
+        """True if its status was read less than `trust_s` seconds ago, and is final or has not ended.
 
-        Args:
-            left_ms: Milliseconds that the entry has left, by Redis's clock.
-            trust_s: For how long, in seconds. A final status as well: whoever can write to Redis can make one up.
+        A final one is trusted no longer, since whoever can write to Redis can make one up. `left_ms` is what the entry
+        has left by Redis's clock.
         """
         age_ms, now = self.life_ms - left_ms, utc_now()
         deadline = self.expires_at if self.status is ApprovalStatus.PENDING else self.use_before or self.expires_at
@@ -85,12 +84,7 @@ _read_again = lru_cache(_MOST_KEPT)(_read)
 
 
 class ApprovalCache:
-    """Reads and writes the entries. Only ever makes reads faster: nothing here releases a call.
-
-    Args:
-        redis: The guarded client.
-        trust_s: How long a status is trusted, in seconds.
-    """
+    """Reads and writes the entries, whose status is trusted for `trust_s` seconds. Nothing here releases a call."""
 
     def __init__(self, redis: RedisCache, *, trust_s: float) -> None:
         self._redis = redis
@@ -116,11 +110,8 @@ class ApprovalCache:
     ) -> None:
         """Write the entry until no deadline is ahead, then publish; an older version never replaces a newer one.
 
-        Args:
-            approval: As SQL has it.
-            token: Believed to be its token; where SQL says otherwise, or it is not known, nothing is written.
-            is_known: Redis has the entry that leads to this token, or can do without it until somebody asks again.
-            message: A channel and what to publish on it, in the same step as the entry.
+        Nothing is written where `token` is not that of the approval by SQL. `is_known`: Redis can do without the entry
+        that leads from the id to it. `message`: a channel and what to publish on it, in the same step.
         """
         if not self._redis.is_available:
             return

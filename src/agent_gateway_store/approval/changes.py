@@ -30,10 +30,6 @@ class ApprovalBackend:
     """What approvals work with: one for each store, shared by its views, or one for a session of the caller's.
 
     Attributes:
-        transactions: Where they are kept.
-        redis: The guarded client.
-        settings: In force.
-        outbox: Who is notified of changes.
         vetoes: The plugins that may object to a vote; None: none.
         waiting: Wakes the tasks that wait for decisions; None: they poll.
     """
@@ -57,14 +53,7 @@ def in_session(
 
 
 class Changes:
-    """Writes and publishes changes, whoever made them.
-
-    Attributes:
-        transactions: Where approvals are kept.
-        outbox: Which notifiers receive a notice.
-        cache: Holds the approvals that have a token.
-        waiting: Wakes the tasks that wait for a decision.
-    """
+    """Writes and publishes changes, whoever made them."""
 
     def __init__(self, transactions: Transactions, outbox: Outbox, cache: ApprovalCache, waiting: Waiting) -> None:
         self.transactions, self.outbox, self.cache, self.waiting = transactions, outbox, cache, waiting
@@ -142,7 +131,7 @@ class Changes:
         return result_of(approval.request, token)
 
     async def publish_use(self, approval: StoredApproval, token: str | None) -> ApprovalResult:
-        """Do the same for an approval that was used, or has its outcome: of that nobody is notified."""
+        """Publish that an approval was used, or has its outcome: of that nobody is notified."""
         self.waiting.note_change()
         await self.cache.put(approval, token)
         return result_of(approval.request, token)

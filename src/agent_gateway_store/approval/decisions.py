@@ -98,17 +98,11 @@ async def require_no_veto(vetoes: Vetoes | None, transactions: Transactions, ref
 async def decide(
     connection: AnyConnection, ref: ApprovalRef, vote: VoteInput, *, allow_self: bool, use_s: float
 ) -> StoredApproval:
-    """Store a vote, and decide where it is the last one needed; does not commit.
+    """Store a vote, decide where it is the last one needed, and return the approval as it then stands; does not commit.
 
     Args:
-        connection: In a transaction.
-        ref: Which approval.
-        vote: What one approver decides.
         allow_self: Whether the caller of the tool call may approve.
         use_s: For how many seconds an approval that was asked for by `acquire` without a deadline can be used.
-
-    Returns:
-        The approval as it then stands: PENDING while votes to approve are missing.
 
     Raises:
         ApprovalError: As `ApprovalManager.approve` says; what was written must be rolled back.
@@ -166,13 +160,7 @@ async def expire(connection: AnyConnection, *, org_id: str | None, batch_size: i
 
 
 class Permission(NamedTuple):
-    """What an approval must be for.
-
-    Attributes:
-        caller_id: Who asked, as stored.
-        scope: What it releases.
-        tool_call_hash: Which call; None: whichever it was asked for, since its output is what was approved.
-    """
+    """What an approval must be for; without `tool_call_hash` the output of whichever call it was asked for."""
 
     caller_id: str
     scope: ApprovalScope
@@ -184,12 +172,6 @@ async def use(
     transactions: Transactions, ref: ApprovalRef, permission: Permission, *, hash_key: str | None
 ) -> StoredApproval:
     """Move an approval to USED for this caller, scope and call, or output, and commit.
-
-    Args:
-        transactions: Where approvals are kept.
-        ref: Which approval, by its token.
-        permission: What it must be for.
-        hash_key: The output is checked with it, as for `issue_values`.
 
     Raises:
         ApprovalError: As `ApprovalManager.consume_token` and `release_output` say.

@@ -39,13 +39,7 @@ _TRIES = 3  # the approval in the way may be swept or decided while it is asked 
 
 
 class Issued(NamedTuple):
-    """What was asked.
-
-    Attributes:
-        approval: As it stands.
-        is_new: False: it is the pending approval of the same call, under the new token.
-        leased: The rows of its notice that are leased to this process.
-    """
+    """The approval that was asked for; not `is_new`: the pending one of the same call, under the new token."""
 
     approval: StoredApproval
     is_new: bool
@@ -156,11 +150,7 @@ def already_issued(values: Mapping[str, Any]) -> ApprovalError:
 
 
 class Asking:
-    """Asks for approvals.
-
-    Args:
-        changes: Where approvals are kept, and who learns of them.
-    """
+    """Asks for approvals."""
 
     def __init__(self, changes: Changes) -> None:
         self._changes = changes

@@ -158,7 +158,6 @@ class ApprovalManager:
         """Return where the approval of `token` stands.
 
         Args:
-            token: As returned by `issue_token`.
             fresh: True reads SQL, by itself; otherwise the answer may be APPROVAL_CACHE_SECONDS old, and any number of
                 tasks that find nothing in Redis share their reads of SQL.
 
@@ -281,13 +280,9 @@ class ApprovalManager:
     async def release_output(self, token: str, *, caller_id: str) -> Any:
         """Use an approval of scope OUTPUT_RELEASE, once, and return the output that was approved.
 
-        Of any number of callers one gets the output. It is the stored payload, checked against its hash; an approval
-        whose payload was changed since is not used up. An error after the use may have used it: the output is not
-        given a second time.
-
-        Args:
-            token: As returned by `issue_token`.
-            caller_id: Must be who asked.
+        Of any number of callers, each of whom must be who asked, one gets the output. It is the stored payload, checked
+        against its hash; an approval whose payload was changed since is not used up. An error after the use may have
+        used it: the output is not given a second time.
 
         Raises:
             ApprovalMismatchError: Another caller, an approval that releases no output, or a payload that does not
@@ -322,7 +317,6 @@ class ApprovalManager:
         approval. A slow poll catches missed messages; a database that is away is waited for. Cancelling leaves nothing.
 
         Args:
-            token: As returned by `issue_token`.
             timeout_s: Seconds; `math.inf` waits without end. At the timeout the result is returned as it stands, still
                 PENDING; nothing is decided.
 
@@ -353,13 +347,7 @@ class ApprovalManager:
     async def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
     ) -> Page[ApprovalRequest]:
-        """Return approvals, newest first, ties broken by id. `next_cursor` leads on; new approvals do not move it.
-
-        Args:
-            status: Only these, as a reader sees them (EXPIRED from the deadline on). None: all.
-            limit: As for `search`, and so are `cursor` and the errors.
-            cursor: `next_cursor` of the page before.
-        """
+        """Return a page of `search` by one status, as a reader sees it (EXPIRED from the deadline on); None: all."""
         return await self.search(limit=limit, cursor=cursor, status=status)
 
     async def search(

@@ -219,12 +219,7 @@ _ENQUEUE = sql_statement(
 async def insert_with_deliveries(
     connection: AnyConnection, values: Mapping[str, Any], outbox: Outbox
 ) -> tuple[Mapping[str, Any] | None, Leased]:
-    """Insert an approval and the rows of its notice; in one statement on PostgreSQL.
-
-    Args:
-        connection: In a transaction, unless one statement is enough.
-        values: As `issue_values` gives them.
-        outbox: Which notifiers receive it.
+    """Insert an approval by what `issue_values` gives, and the rows of its notice; in one statement on PostgreSQL.
 
     Returns:
         The approval, or None if it stands already, and then nothing is written; the rows leased to this process.
@@ -275,13 +270,7 @@ def notice_of(request: ApprovalRequest, event: Literal["pending", "decision"]) -
 
 
 class Change(NamedTuple):
-    """A change that its transaction writes.
-
-    Attributes:
-        approval: As it then stands.
-        notice: What notifiers receive; None of a vote that decides nothing.
-        leased: The rows of the notice that are leased to this process.
-    """
+    """A change that its transaction writes, with its notice; None of a vote that decides nothing."""
 
     approval: StoredApproval
     notice: Notice | None
@@ -298,14 +287,6 @@ async def decide_at_once(
     publishes: bool,
 ) -> Change | None:
     """Decide on PostgreSQL by this one vote, with the rows of the notice, in one statement that commits itself.
-
-    Args:
-        connection: In no transaction.
-        decision: Which.
-        by: What names the approval.
-        values: Of `ApprovalRef` and `VoteInput`, and `p_allow_self`.
-        outbox: Which notifiers receive it.
-        publishes: Whether other processes are notified through the database.
 
     Returns:
         The change; None if nothing is written: more votes are needed, or it is refused.

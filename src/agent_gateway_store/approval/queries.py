@@ -37,12 +37,7 @@ _HISTORY_COLUMNS = ("at", "event", "by", "status", "note", "channel")
 
 
 class ApprovalRef(NamedTuple):
-    """What names an approval, as seen from one organisation (None: from all).
-
-    Attributes:
-        by: The statement to use.
-        values: Its parameters.
-    """
+    """What names an approval, as seen from one organisation (None: from all): a statement's key and parameters."""
 
     by: Key
     values: Mapping[str, Any]
@@ -72,13 +67,7 @@ class ApprovalRef(NamedTuple):
 
 
 class StoredApproval(NamedTuple):
-    """An approval as the database had it.
-
-    Attributes:
-        request: Detached, and without its token.
-        read_at: When, by the database's clock.
-        token_sha256: The digest of its token.
-    """
+    """An approval as the database had it at `read_at`, by its clock; detached, and without its token."""
 
     request: ApprovalRequest
     read_at: datetime
@@ -108,12 +97,7 @@ def asked_of(request: ApprovalRequest) -> dict[str, Any]:
 
 
 def result_of(stood: Any, token: str | None) -> ApprovalResult:
-    """Return where an approval stands, with the token that the caller gave, if any.
-
-    Args:
-        stood: An `ApprovalRequest`, or what was remembered of one under the names of its fields.
-        token: As the caller gave it.
-    """
+    """Return where an approval stands (an `ApprovalRequest` or its snapshot), with the token that the caller gave."""
     return ApprovalResult(
         approval_id=stood.approval_id,
         token=token,
@@ -147,7 +131,7 @@ async def read(
 
 @retry_conflicts
 async def get(transactions: Transactions, ref: ApprovalRef) -> StoredApproval:
-    """Do as `read`, on a connection of its own."""
+    """Read an approval on a connection of its own; errors as of `read`."""
     async with transactions.connection("read") as connection:
         return await read(connection, ref)
 

@@ -28,9 +28,7 @@ _Read: TypeAlias = Callable[[], Coroutine[Any, Any, ApprovalResult]]
 class Waiting:
     """The tasks of one store that read and wait, whichever view of an organisation they came by.
 
-    Args:
-        pubsub: Publishes which approvals have changed; None: waiting tasks poll.
-        trust_s: How old a status that is read may be, in seconds: no task gets a read that began before.
+    Without `pubsub` they poll. No task gets a read that began more than `trust_s` seconds before.
     """
 
     def __init__(self, pubsub: PubSub | None, *, trust_s: float) -> None:

@@ -50,7 +50,6 @@ class Delivery:
     """A row leased to this process.
 
     Attributes:
-        notifier: To whom.
         notice: What to send; None if the row holds no notice.
         attempt: Number of this attempt, from 1; another worker counts on from there.
         leased_at: When its lease began at the earliest, by `time.monotonic()`.
@@ -68,15 +67,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """The result of one attempt.
-
-    Attributes:
-        delivery: The row.
-        status: Its status from now on.
-        attempts: How many attempts count from now on.
-        delay_s: Seconds until it is due again, if it is DUE.
-        error: What went wrong, if anything did.
-    """
+    """The result of one attempt: what holds of the row from now on; if it is DUE, after `delay_s` seconds."""
 
     delivery: Delivery
     status: DeliveryStatus
@@ -219,13 +210,6 @@ async def claim(
 ) -> list[Delivery]:
     """Claim due rows of one notifier, the longest overdue first; a decision stays behind the notice before it.
 
-    Args:
-        transactions: Where the rows are.
-        notifier: Whose.
-        limit: At most so many.
-        policy: For how long they are leased.
-        org_id: Only this organisation's; None: all.
-
     Raises:
         StoreUnavailableError: The database is away.
     """
@@ -291,9 +275,7 @@ async def record(transactions: Transactions, results: Sequence[AttemptResult]) -
 class ResultRecorder:
     """Records results in the background, those that come together in one statement; keeps them in an outage.
 
-    Args:
-        transactions: Where the rows are.
-        on_recorded: Is called with what was recorded, after the commit.
+    `on_recorded` is called with what was recorded, after the commit.
     """
 
     def __init__(self, transactions: Transactions, on_recorded: Callable[[Sequence[AttemptResult]], None]) -> None:

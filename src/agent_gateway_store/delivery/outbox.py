@@ -19,12 +19,7 @@ _logger = logging.getLogger("agent_gateway_store.notifications")
 
 
 class StoreOutbox:
-    """The outbox of one store: knows the notifiers while the store is open, and sends what was committed.
-
-    Args:
-        database: Where the rows are.
-        settings: NOTIFICATION_WORKER says whether this process sends.
-    """
+    """The outbox of one store: knows the notifiers while it is open, and sends what was committed."""
 
     def __init__(self, database: Database, settings: StoreSettings) -> None:
         self._database, self._settings = database, settings
@@ -63,24 +58,14 @@ class StoreOutbox:
         return self._worker.policy.lease_s
 
     def open(self, dispatcher: Dispatcher, names: tuple[str, ...]) -> None:
-        """Send from now on.
-
-        Args:
-            dispatcher: To the notifiers; open. The store ends its threads after `close`.
-            names: Of the notifiers.
-        """
+        """Send from now on, by an open dispatcher, whose threads the store ends after `close`."""
         self._dispatcher, self._names, self._is_closing = dispatcher, names, False
         self._worker = DeliveryWorker(self._database, dispatcher, names, self._settings)
         if self._settings.notification_worker:
             self._worker.start()
 
     def send(self, notice: Notice, leased: Leased) -> None:
-        """Give the notice to the event hooks and, if this process sends, to the notifiers, in the background.
-
-        Args:
-            notice: Of a change that is committed.
-            leased: Its rows that are leased to this process.
-        """
+        """Give the notice to the event hooks and, if this process sends, to the notifiers, in the background."""
         if self._worker is None or self._dispatcher is None:
             # The change is committed, so the caller must not get an error.
             _logger.warning("Approval %s: the store is closed, so its notice is sent later.", notice.approval_id)

@@ -35,9 +35,6 @@ class Policy:
     """What a worker goes by.
 
     Attributes:
-        concurrency: How many notices one notifier is given at once.
-        max_attempts: After how many attempts a notice is given up.
-        poll_s: How often due rows are looked for, in seconds.
         lease_s: For how long a claimed row is nobody else's, in seconds.
         send_within_s: How long after its claim an attempt may still begin, so that it ends before the lease.
     """

@@ -32,14 +32,7 @@ _logger = logging.getLogger("agent_gateway_store.notifications")
 
 
 class NotifierQueue:
-    """The deliveries leased for one notifier: sent in their order, as many at once as the policy says.
-
-    Args:
-        name: Of the notifier.
-        dispatcher: To the notifiers; open.
-        recorder: Gets the result of each attempt.
-        policy: How many at once, and what follows from a report.
-    """
+    """The deliveries leased for one notifier: sent in their order, as many at once as the policy says."""
 
     def __init__(self, name: str, dispatcher: Dispatcher, recorder: ResultRecorder, policy: Policy) -> None:
         self.name = name
@@ -124,13 +117,8 @@ class DeliveryWorker:
     """Sends the rows of the outbox. Any number of workers, in any number of processes, share the work.
 
     A notice arrives at least once, always under the same `delivery_id`. To one notifier, the decision about an approval
-    is not sent before the notice that asked for it has arrived or was given up; beyond that there is no order.
-
-    Args:
-        transactions: Where the rows are.
-        dispatcher: To the notifiers; open.
-        names: Of the notifiers that are loaded here; the rows of others are left alone.
-        settings: The NOTIFICATION settings, and PLUGIN_TIMEOUT_SECONDS.
+    is not sent before the notice that asked for it has arrived or was given up; beyond that there is no order. The rows
+    of notifiers that are not among `names` are left alone.
     """
 
     def __init__(
@@ -156,12 +144,9 @@ class DeliveryWorker:
             self._loops.start(self._loop(queue, None, at_once=False))
 
     def send(self, notice: Notice, leased: Leased) -> None:
-        """Try to deliver a notice at once, in the background.
+        """Try to deliver a notice at once, in the background, by the rows that were just committed with a lease.
 
-        Args:
-            notice: What to send; its `delivery_id` means nothing.
-            leased: The rows that were just committed with a lease. What the other notifiers of this process are to get
-                waits for an earlier notice about the same approval. After `close` they are sent when their lease ends.
+        What the other notifiers of this process are to get waits for an earlier notice about the same approval.
         """
         if self._is_closed:
             return
@@ -173,14 +158,9 @@ class DeliveryWorker:
         self._claim_next([(name, notice.approval_id) for name in self._queues if name not in leased.ids])
 
     async def run(self, *, once: bool, org_id: str | None = None) -> int:
-        """Send what is due.
+        """Send what is due, of one organisation or of all, and return how many notices arrived meanwhile.
 
-        Args:
-            once: True returns when nothing is due any more; False goes on until it is cancelled.
-            org_id: Only this organisation's; None: all.
-
-        Returns:
-            How many notices arrived meanwhile.
+        With `once` it returns when nothing is due any more, else when it is cancelled.
 
         Raises:
             StoreUnavailableError: With `once`: the database is away.

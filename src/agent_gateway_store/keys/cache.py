@@ -38,13 +38,7 @@ class ReadVersion(NamedTuple):
 
 @dataclass(slots=True)
 class VerifiedKey:
-    """A key that was accepted.
-
-    Attributes:
-        identity: Who it belongs to.
-        use_due: When its use must be recorded again.
-        until: Until when it is trusted.
-    """
+    """A key that was accepted, when its use must be recorded again, and until when it is trusted."""
 
     identity: CallerIdentity
     use_due: float
@@ -63,14 +57,9 @@ class KeyCache:
     """The keys that one open store knows. Its organisation-bound views share it, each with separate answers.
 
     Args:
-        hasher: bcrypt in its threads; stays the caller's.
         trusted_s: Seconds for which an answer is trusted; zero: nothing is remembered.
         pubsub: Publishes changes to other processes and receives theirs; None: only the time ends the trust.
         check_owner: Raises where the store is not open.
-
-    Attributes:
-        verifier: bcrypt, remembered and limited.
-        is_on: False if nothing is remembered.
     """
 
     def __init__(

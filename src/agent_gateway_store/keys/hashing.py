@@ -33,11 +33,7 @@ _FAILURES_REFILLED_PER_S = 1.0
 
 
 class Hasher:
-    """Hashes and checks secrets.
-
-    Args:
-        rounds: bcrypt's cost, as a power of two.
-    """
+    """Hashes and checks secrets; `rounds` is bcrypt's cost, as a power of two."""
 
     def __init__(self, *, rounds: int) -> None:
         self._rounds = rounds
@@ -111,10 +107,6 @@ class KeyVerifier:
     four checks under way. Beyond that a key that was not checked before gets StoreUnavailableError and not a refusal,
     since it may be the new key of a caller whose key id is attacked. A check goes on when its callers are gone: a wrong
     key counts whoever hangs up, and a right one is remembered where keys are cached.
-
-    Args:
-        hasher: bcrypt in its threads.
-        remembers: False: every check runs bcrypt.
     """
 
     def __init__(self, hasher: Hasher, *, remembers: bool) -> None:

@@ -361,10 +361,9 @@ class KeyManager:
         """
         require_between("limit", limit, 0, hint="for more keys, call again with offset")
         require_between("offset", offset, 0, hint="count from the newest key")
-        statement = _LIST if self._org_id is None else _LIST_OF_ORG
         values = {"p_limit": limit, "p_offset": offset, "p_org_id": self._org_id}
         async with self._transactions.read() as connection:
-            rows = await statement.rows(connection, values)
+            rows = await _LIST.rows(connection, values)
         return Page((ApiKey.from_row(repaired(row)) for row in rows), columns=COLUMNS, record_type=ApiKey)
 
     def _organisation(self, org_id: str | None) -> str | None:
@@ -385,23 +384,21 @@ def _newest(condition: ColumnElement[bool]) -> Select[Any]:
     return select(_keys).where(condition).order_by(_keys.c.is_active.desc(), _keys.c.id.desc()).limit(1)
 
 
-def _listed(*conditions: ColumnElement[bool]) -> Statement:
-    found = select(_keys).where(*conditions).order_by(_keys.c.id.desc())
-    return Statement(found.limit(bindparam("p_limit", type_=_COUNT)).offset(bindparam("p_offset", type_=_COUNT)))
-
-
-_COUNT = BigInteger()
-_LIST = _listed()
-_LIST_OF_ORG = _listed(_keys.c.org_id == bindparam("p_org_id", type_=Text()))
+_ORG = bindparam("p_org_id", type_=Text())
+_IS_VISIBLE = or_(_ORG.is_(None), _keys.c.org_id == _ORG)
+_LIST = Statement(
+    select(_keys)
+    .where(_IS_VISIBLE)
+    .order_by(_keys.c.id.desc())
+    .limit(bindparam("p_limit", type_=BigInteger()))
+    .offset(bindparam("p_offset", type_=BigInteger()))
+)
 
 # No organisation is NULL: a NULL, which stands for another one than the store is bound to, finds nothing.
 _GET = Statement(
-    _newest(
-        and_(
-            _keys.c.caller_id == bindparam("p_caller_id", type_=Text()),
-            _keys.c.org_id == bindparam("p_org_id", type_=Text()),
-        )
-    ).add_columns(db_now().label("read_at"))
+    _newest(and_(_keys.c.caller_id == bindparam("p_caller_id", type_=Text()), _keys.c.org_id == _ORG)).add_columns(
+        db_now().label("read_at")
+    )
 )
 
 
@@ -419,12 +416,7 @@ def _timely() -> tuple[ColumnElement[Any], ...]:
     )
 
 
-_READ = Statement(
-    select(_keys, *_timely()).where(
-        _keys.c.key_id == bindparam("p_key_id", type_=Text()),
-        or_(bindparam("p_org_id", type_=Text()).is_(None), _keys.c.org_id == bindparam("p_org_id", type_=Text())),
-    )
-)
+_READ = Statement(select(_keys, *_timely()).where(_keys.c.key_id == bindparam("p_key_id", type_=Text()), _IS_VISIBLE))
 
 
 def _until_use_due(row: Mapping[str, Any]) -> float:
