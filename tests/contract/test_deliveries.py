@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import until
+from contract_helpers import POSTGRES, until
 from delivery_helpers import Post, quiet, raising, rows, settled
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock, errors
@@ -28,6 +28,7 @@ def store_with(url: str, *notifiers: Post, settings: StoreSettings | None = None
     return GatewayStore(url, redis_url="", settings=settings or often, plugins=notifiers, **options)
 
 
+@POSTGRES
 async def test_first_try_is_made_at_once(database_url: str) -> None:
     post = Post()
     async with store_with(database_url, post, settings=StoreSettings(notification_poll_seconds=600)) as store:
@@ -45,6 +46,7 @@ async def test_first_try_is_made_at_once(database_url: str) -> None:
         assert all(row.delivered_at is not None and row.delivered_at >= row.created_at for row in delivered)
 
 
+@POSTGRES
 async def test_a_failed_notice_is_sent_again_under_the_same_id(database_url: str) -> None:
     """A receiver that is down for a while is told later; each try carries the same delivery id."""
     post = Post(act=raising(OSError("no route to host"), times=3))
@@ -65,6 +67,7 @@ async def test_a_failed_notice_is_sent_again_under_the_same_id(database_url: str
         assert len(post.tried) == 4
 
 
+@POSTGRES
 async def test_tries_are_spaced_by_the_databases_clock(database_url: str) -> None:
     """After each failure the wait doubles, with jitter, and not a moment before its end is it tried again."""
     post = Post(act=raising(DOWN))
@@ -79,6 +82,7 @@ async def test_tries_are_spaced_by_the_databases_clock(database_url: str) -> Non
             clock.move(timedelta(seconds=4))
 
 
+@POSTGRES
 async def test_nonsense_about_when_to_come_back_is_ignored(database_url: str) -> None:
     asked: list[Any] = [float("nan"), float("inf"), -5, 10**400, "soon", True]
     posts = [
@@ -149,6 +153,7 @@ async def test_a_decision_stays_behind_the_notice_before_it(database_url: str) -
         assert len(dead.tried) == 10
 
 
+@POSTGRES
 async def test_a_row_whose_notifier_is_not_here_is_left_alone(database_url: str) -> None:
     here, there = Post("here"), Post("there")
     async with store_with(database_url, here, there, settings=quiet()) as store:
@@ -225,6 +230,7 @@ async def test_listing_pages_newest_first(database_url: str) -> None:
             await store.notifications.list(approval_id="x")
 
 
+@POSTGRES
 async def test_a_claim_that_is_not_lived_up_to_ends(database_url: str) -> None:
     """A row that is leased to a worker is nobody else's until the lease ends, and then it is.
 
@@ -251,6 +257,7 @@ async def test_a_claim_that_is_not_lived_up_to_ends(database_url: str) -> None:
         assert delivered[0][:3] == ("DELIVERED", 2, None)
 
 
+@POSTGRES
 async def test_a_notice_that_kills_its_worker_is_given_up(database_url: str) -> None:
     """Claims count as tries, so a notice of which no try ever ends does not go round for ever."""
     post = Post()
@@ -265,6 +272,7 @@ async def test_a_notice_that_kills_its_worker_is_given_up(database_url: str) -> 
         assert row.last_error == "given up: of 3 tries none came to an end"
 
 
+@POSTGRES
 async def test_a_row_that_holds_no_notice_is_a_dead_letter(database_url: str) -> None:
     post = Post()
     async with store_with(database_url, post, settings=quiet()) as store:
@@ -293,6 +301,7 @@ async def test_a_notice_of_a_newer_version_is_sent_without_what_this_one_does_no
         assert await rows(store, "status, last_error") == [("DELIVERED", None)]
 
 
+@POSTGRES
 async def test_a_slow_notifier_takes_no_place_of_another(database_url: str) -> None:
     """With every place of one taken and more waiting, the other is told at once; places are as many as set."""
     at_once: list[int] = []
@@ -319,6 +328,7 @@ async def test_a_slow_notifier_takes_no_place_of_another(database_url: str) -> N
         assert max(at_once) == 3
 
 
+@POSTGRES
 async def test_closing_lets_notices_under_way_arrive(database_url: str) -> None:
     async def slowly(_: Notice) -> None:
         await asyncio.sleep(0.05)
@@ -332,6 +342,7 @@ async def test_closing_lets_notices_under_way_arrive(database_url: str) -> None:
     assert sorted(post.events) == [("decision", "APPROVED")] * 4 + [("pending", "PENDING")] * 4
 
 
+@POSTGRES
 async def test_closing_does_not_wait_for_ever_and_loses_nothing(database_url: str) -> None:
     """What a hanging notifier has not taken when the time is up is due at once for the next worker, as if untried."""
 
@@ -355,6 +366,7 @@ async def test_closing_does_not_wait_for_ever_and_loses_nothing(database_url: st
         assert await other.notifications.run(once=True) == 5
 
 
+@POSTGRES
 async def test_the_worker_lives_through_an_outage(
     database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

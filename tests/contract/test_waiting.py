@@ -249,14 +249,6 @@ async def test_a_timeout_that_is_no_number_is_refused(store: GatewayStore, timeo
         await store.approvals.wait_for_decision(token, timeout_s=timeout_s)
 
 
-async def test_an_unknown_token_is_told_at_once(store: GatewayStore) -> None:
-    async with asyncio.timeout(SOON_S):
-        with pytest.raises(errors.ApprovalNotFoundError):
-            await store.approvals.wait_for_decision("no-such-token", timeout_s=20)
-
-    assert topics(store) == 0
-
-
 @CHANNELS
 async def test_cancelled_waiters_leave_nothing_and_disturb_nobody(store: GatewayStore) -> None:
     """Half of the waiters of one approval are cancelled; the others still learn the decision."""

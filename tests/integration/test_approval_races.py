@@ -1,23 +1,19 @@
-"""Very many at once, over processes and over threads: one decision and one use for each approval."""
+"""Very many at once, over processes: one decision and one use for each approval."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent_gateway_store import GatewayStore, errors
-from agent_gateway_store.storage.database import create_engine
 from builders import CALL, make_request
 from proofs.harness import child
 
@@ -118,35 +114,3 @@ async def test_one_of_many_processes_wins(
             assert (await store.approvals.check_token(token)).status == final
             assert (await store.approvals.check_token(token, fresh=True)).status == final
     report("processes", statuses, number, start)
-
-
-@pytest.mark.parametrize(("tokens", "number"), SIZES)
-def test_one_of_many_threads_wins(tmp_path: Path, tokens: int, number: int) -> None:
-    """Four threads, each with an event loop and a store of its own, do the same on one SQLite file."""
-    url, start = f"sqlite:///{tmp_path}/gateway.db", time.monotonic()
-    barrier = threading.Barrier(WORKERS, timeout=60)
-    names: list[str] = []
-
-    async def issue() -> None:
-        async with GatewayStore(url, redis_url="") as store:
-            names.extend([await store.approvals.issue_token(make_request()) for _ in range(tokens)])
-
-    async def work(worker: int) -> list[tuple[Tally, Tally]]:
-        # Few connections: SQLite lets those who wait for the file poll, and many of them leave it idle.
-        engine = create_engine(url, pool_size=1)
-        async with GatewayStore(engine=engine, redis_url="") as store:
-            tallies = []
-            for token in names:
-                barrier.wait()
-                deciding = await crowd(store, "decide", token, worker, number // WORKERS)
-                barrier.wait()
-                tallies.append((deciding, await crowd(store, "consume", token, worker, number // WORKERS)))
-        await engine.dispose()
-        return tallies
-
-    asyncio.run(issue())
-    with ThreadPoolExecutor(WORKERS) as pool:
-        answers = list(pool.map(lambda worker: asyncio.run(work(worker)), range(WORKERS)))
-    rounds = zip(*answers, strict=True)
-    statuses = [judge([one for one, _ in round_], [other for _, other in round_], number=number) for round_ in rounds]
-    report("threads", statuses, number, start)

@@ -7,7 +7,6 @@ import json
 import math
 import random
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -288,24 +287,3 @@ async def test_a_crowd_waits_in_line(redis_url: str, caplog: pytest.LogCaptureFi
         await pool.aclose()
 
     assert caplog.records == []
-
-
-async def test_a_cancelled_reader_leaves_no_reply_to_the_next(client: RedisClient) -> None:
-    """Readers of a hundred keys are cancelled at every moment; who reads next is given the value of their own key."""
-    cache = RedisCache(client, timeout_s=5)
-    for number in range(100):
-        await client.set(f"key-{number}", str(number), px=60_000)
-    rng = random.Random(7)
-
-    async def read(number: int) -> None:
-        task = asyncio.ensure_future(cache.get(f"key-{number}"))
-        for _ in range(rng.randrange(8)):
-            await asyncio.sleep(0)
-        if rng.random() < 0.5:
-            task.cancel()
-        with suppress(asyncio.CancelledError):
-            assert await task == (str(number).encode(), pytest.approx(60_000, abs=5_000))
-
-    for _ in range(10):
-        await asyncio.gather(*map(read, range(100)))
-    assert cache.is_available

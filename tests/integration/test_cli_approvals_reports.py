@@ -15,6 +15,7 @@ from builders import make_request
 from commands import Outcome
 
 url, cli = cli_helpers.url, cli_helpers.cli
+pytestmark = pytest.mark.parametrize("url", ["postgres"], indirect=True)
 
 
 @pytest.fixture

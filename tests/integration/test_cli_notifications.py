@@ -15,6 +15,7 @@ import servers
 from commands import Outcome, process
 
 url, cli = cli_helpers.url, cli_helpers.cli
+pytestmark = pytest.mark.parametrize("url", ["postgres"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcom
 
 
 @pytest.mark.system
-@pytest.mark.parametrize(("url", "number"), [("sqlite", signal.SIGTERM), ("postgres", signal.SIGINT)], indirect=["url"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome], number: signal.Signals) -> None:
     with process("--database-url", url, "notifications", "run") as worker:
         assert worker.stderr is not None

@@ -123,23 +123,6 @@ async def test_what_outlived_its_lease_in_the_queue_is_not_sent() -> None:
     assert [(result.status, result.attempts) for result in recorder.results] == [("DUE", 0)]
 
 
-async def test_what_waits_goes_back_when_it_is_closed() -> None:
-    dispatcher, recorder = Slow(), Kept()
-    queue = queue_over(dispatcher, recorder)
-    given = [delivery() for _ in range(3)]
-    for each in given[:2]:
-        queue.put(each)
-    async with asyncio.timeout(2):
-        while not dispatcher.given:
-            await asyncio.sleep(0.001)
-    await queue.close()
-    queue.put(given[2])
-
-    assert ids(recorder.results) == [(each.delivery_id, "DUE") for each in given]
-    assert dispatcher.given == [given[0].delivery_id]
-    assert queue.is_idle
-
-
 @pytest.mark.parametrize(
     ("report", "may_go"),
     [({}, True), ({"ok": False, "is_permanent": True}, True), ({"ok": False}, False)],
