@@ -15,7 +15,7 @@ from contract_helpers import BOTH, POSTGRES, counted_statements, hears
 from key_cache_helpers import HOUR, TRUSTED, Gate, answer, checking, issue
 
 from agent_gateway_store import CallerIdentity, GatewayStore, StoreSettings, clock, errors
-from agent_gateway_store.keys.format import new_key
+from agent_gateway_store.keys.format import new_key, new_key_id
 from agent_gateway_store.keys.hashing import Hasher
 from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.store import parts_of
@@ -168,6 +168,20 @@ async def test_cancelled_caller_disturbs_nobody(store: GatewayStore, gate: Gate)
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(found) for found in answers[::2]} == {asyncio.CancelledError}
     assert {type(found) for found in answers[1::2]} == {CallerIdentity}
+
+
+async def test_unknown_id_is_looked_up_once_a_second(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
+    """Keys of an id that does not exist, whatever their secret, cost one row a second and no bcrypt."""
+    key_id = new_key_id()
+    with counted_statements(store, "api_keys") as statements:
+        for _ in range(20):
+            assert await answer(store, new_key(key_id)) == "invalid"
+        assert len(statements) == 1
+        clock.move(timedelta(seconds=1))
+        assert await answer(store, new_key(key_id)) == "invalid"
+
+    assert len(statements) == 2
+    assert bcrypt_calls == []
 
 
 async def test_known_key_of_another_organisation_is_refused(store: GatewayStore) -> None:

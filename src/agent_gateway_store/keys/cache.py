@@ -1,4 +1,4 @@
-"""The cache of verified API keys, so that one costs neither a read of its row nor bcrypt.
+"""The cache of answers about API keys, so that a verified key costs neither a read of its row nor bcrypt.
 
 Entries are found by a keyed digest of the key, so no key is in memory after the call. An answer is trusted for a set
 time, counted from before its row was read, and never beyond the key's own end. A change made here, or published by
@@ -20,11 +20,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_gateway_store import clock
 from agent_gateway_store._concurrency import BackgroundTasks, SingleFlight
-from agent_gateway_store.keys.hashing import MAX_VERIFIED, Hasher, KeyVerifier
+from agent_gateway_store.keys.hashing import MAX_REFUSED, MAX_VERIFIED, Hasher, KeyVerifier
 from agent_gateway_store.models.keys import CallerIdentity
 from agent_gateway_store.storage.pubsub import PubSub
 
 _TOPIC = "api-key:"
+# Chosen: a key that was just issued by another process is accepted after a second.
+_UNKNOWN_S = 1.0
 # Chosen: `close` waits so long for the last uses to be written.
 _LAST_WRITES_S = 2.0
 
@@ -74,6 +76,8 @@ class KeyCache:
         self._secret = secrets.token_bytes(32)
         # By key id, because a change names that. A key id has few keys that were ever valid.
         self._verified: LRUCache[str, dict[_CacheKey, VerifiedKey]] = LRUCache(MAX_VERIFIED)
+        self._refused: LRUCache[_CacheKey, float] = LRUCache(MAX_REFUSED)
+        self._unknown: LRUCache[tuple[str | None, str], float] = LRUCache(MAX_REFUSED)
         self._flights: SingleFlight[Answer] = SingleFlight()
         self._changes = 0
         self.background = BackgroundTasks()
@@ -82,11 +86,18 @@ class KeyCache:
         """Return the name of a key in memory: its HMAC-SHA-256 under a secret of this process."""
         return hmac.digest(self._secret, plaintext.encode(), "sha256")
 
-    def find(self, org_id: str | None, key_id: str, fingerprint: bytes) -> VerifiedKey | None:
-        """Return the key if it is trusted now. Without I/O; `check_owner` is for the caller."""
+    def find(self, org_id: str | None, key_id: str, fingerprint: bytes) -> Answer | None:
+        """Return the answer that is trusted now, or None. Without I/O; `check_owner` is for the caller."""
+        if not self.is_on:
+            return None
+        moment = clock.monotonic()
         names = self._verified.get(key_id)
-        good = None if names is None else names.get((org_id, fingerprint))
-        return good if good is not None and clock.monotonic() < good.until else None
+        if names is not None and (good := names.get((org_id, fingerprint))) is not None and moment < good.until:
+            return good
+        for until in (self._refused.get((org_id, fingerprint)), self._unknown.get((org_id, key_id))):
+            if until is not None and moment < until:
+                return REFUSED
+        return None
 
     async def read_once(
         self, org_id: str | None, fingerprint: bytes, read: Callable[[], Coroutine[Any, Any, Answer]]
@@ -110,7 +121,7 @@ class KeyCache:
         end: datetime | None,
     ) -> None:
         """Remember that a key is valid, until `end` at most; both times are the database's."""
-        if not (self.is_on and self._is_open and version.change == self._changes):
+        if not self._may_keep(version):
             return
         left_s = self._trusted_s if end is None else min(self._trusted_s, (end - read_at).total_seconds())
         good.until = version.at + left_s
@@ -124,6 +135,19 @@ class KeyCache:
         kept = {entry: other for entry, other in held.items() if other.until > version.at}
         self._verified[key_id] = kept | {(org_id, fingerprint): good}
 
+    def put_refused(self, version: ReadVersion, fingerprint: bytes, org_id: str | None) -> None:
+        """Remember that a key is not the one of its id, which no change can alter."""
+        if self._may_keep(version):
+            self._refused[org_id, fingerprint] = version.at + self._trusted_s
+
+    def put_unknown(self, version: ReadVersion, key_id: str, org_id: str | None) -> None:
+        """Remember for a second that a key id has no row, or one that has ended."""
+        if self._may_keep(version):
+            self._unknown[org_id, key_id] = version.at + min(_UNKNOWN_S, self._trusted_s)
+
+    def _may_keep(self, version: ReadVersion) -> bool:
+        return self.is_on and self._is_open and version.change == self._changes
+
     def drop(self, key_id: str) -> None:
         """Trust nothing that was read of `key_id` up to now."""
         self._changes += 1
@@ -133,6 +157,8 @@ class KeyCache:
         """Trust nothing that was read up to now. The results of bcrypt stay true."""
         self._changes += 1
         self._verified.clear()
+        self._refused.clear()
+        self._unknown.clear()
 
     async def notify(self, connection: AsyncConnection, key_id: str) -> None:
         """Send the change with the commit of the transaction, where messages go through the database."""

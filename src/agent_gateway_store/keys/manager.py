@@ -185,7 +185,7 @@ class KeyManager:
         if key_id is None:
             raise InvalidApiKeyError
         fingerprint = cache.fingerprint(plaintext)
-        answer: Answer | None = cache.find(self._org_id, key_id, fingerprint)
+        answer = cache.find(self._org_id, key_id, fingerprint)
         if answer is None:
             read = partial(self._read, key_id, fingerprint, plaintext)
             answer = await cache.read_once(self._org_id, fingerprint, read)
@@ -203,12 +203,14 @@ class KeyManager:
         async with self._transactions.read() as connection:
             row = await _READ.first(connection, {"p_key_id": key_id, "p_org_id": self._org_id})
         if row is None or not row["is_active"] or row["is_expired"]:
+            cache.put_unknown(version, key_id, self._org_id)
             return REFUSED
         hashes = [row["key_hash"], *([row["previous_key_hash"]] if row["has_previous"] else [])]
         matched = await cache.verifier.matching(key_id, fingerprint, digest(plaintext), hashes)
         # The store may have been closed while bcrypt ran.
         cache.check_owner()
         if matched is None:
+            cache.put_refused(version, fingerprint, self._org_id)
             return REFUSED
         ends = [row["expires_at"], None if matched == row["key_hash"] else row["previous_key_expires_at"]]
         good = VerifiedKey(_identity(row), use_due=0 if row["is_use_due"] else version.at + _until_use_due(row))
