@@ -13,7 +13,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from agent_gateway_store import telemetry
-from agent_gateway_store._concurrency import Claim, SingleFlight, loop_here, require_native_threads
+from agent_gateway_store._concurrency import BackgroundTasks, Claim, SingleFlight, loop_here, require_native_threads
 from agent_gateway_store.approval import ApprovalBackend, ApprovalManager
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.queries import ApprovalRef
@@ -49,6 +49,8 @@ from agent_gateway_store.storage.pubsub import PubSub
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.urls import is_memory
 
+# Chosen: as long as `close` waits for other transactions.
+_LAST_WITHDRAWALS_S = 5.0
 # What is not sealed then is sealed by the next store that opens.
 _LAST_SEAL_S = 1.0
 # Two commit audit events, and one listens.
@@ -294,7 +296,10 @@ class _Core:
         self.after_write = AfterWriteHooks(lambda: self.plugins, self.executor)
         self.writer = OpenWriter(database.check_owner, strict=settings.audit_mode == "strict")
         self.outbox = StoreOutbox(database, settings)
-        self.approvals = ApprovalBackend(database, self.redis, settings, self.outbox, self.vetoes, waiting)
+        self._asking = BackgroundTasks()
+        self.approvals = ApprovalBackend(
+            database, self.redis, settings, self.outbox, self.vetoes, waiting, self._asking
+        )
         self.checkpoint_hooks = CheckpointHooks(lambda: self.plugins, self.executor)
         signing_key = settings.audit_signing_key
         self.sealer = Sealer(
@@ -423,6 +428,7 @@ class _Core:
             steps.push_async_callback(self.checkpoint_hooks.close)
             steps.push_async_callback(self.background_sealer.stop, _LAST_SEAL_S)
             steps.push_async_callback(self.figures.close)
+            steps.push_async_callback(self._asking.join, _LAST_WITHDRAWALS_S)
 
 
 def parts_of(store: GatewayStore) -> _Core:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
+from collections.abc import Coroutine
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import EACH, column, counted_statements, seen
+from contract_helpers import EACH, column, counted_statements, seen, until
 
 from agent_gateway_store import (
     ApprovalRequest,
@@ -19,6 +21,7 @@ from agent_gateway_store import (
     clock,
     errors,
 )
+from agent_gateway_store.store import parts_of
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_request
 from cases import cases
@@ -193,18 +196,54 @@ async def test_changed_object_is_refused_and_changes_nothing(store: GatewayStore
     assert (await store.approvals.approve(token, "approver-1")).status == "APPROVED"
 
 
+async def cancelled_after(steps: int, asking: Coroutine[Any, Any, str]) -> str | None:
+    """Cancel `asking` after so many turns of the loop; return the token if it was through before."""
+    task = asyncio.create_task(asking)
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    return None if task.cancelled() else task.result()
+
+
 @EACH
-async def test_cancelled_anywhere_the_same_request_can_be_asked_again(store: GatewayStore) -> None:
+async def test_what_a_cancelled_task_asked_is_withdrawn(store: GatewayStore) -> None:
+    """At whatever moment it is cancelled: nothing waits that nobody has the token of."""
+    tokens = [
+        await cancelled_after(steps, store.approvals.issue_token(make_request(request_id=f"r-{steps}")))
+        for steps in [*range(0, 60, 3), 100_000]
+    ]
+    kept = {(await store.approvals.check_token(token)).approval_id for token in tokens if token}
+
+    async def is_over() -> bool:
+        return {each.approval_id for each in await store.approvals.list_requests("PENDING")} == kept
+
+    await until(is_over)
+    assert tokens[0] is None
+    assert len(kept) < len(tokens)
+
+
+@EACH
+async def test_a_withdrawal_leaves_what_a_retry_has_acknowledged(store: GatewayStore) -> None:
+    """An ApprovalError says that the first call was withdrawn already; a token that is returned stays good."""
+    kept = []
     for steps in range(0, 60, 3):
         request = make_request(request_id=f"r-{steps}")
-        cancelled = asyncio.create_task(store.approvals.issue_token(request))
-        for _ in range(steps):
-            await asyncio.sleep(0)
-        cancelled.cancel()
-        await asyncio.wait([cancelled])
-        token = await store.approvals.issue_token(request)
+        await cancelled_after(steps, store.approvals.issue_token(request))
+        with contextlib.suppress(errors.ApprovalError):
+            kept.append(await store.approvals.issue_token(request))
+    await until(lambda: not parts_of(store).approvals.background)
+    assert kept
+    assert {(await store.approvals.check_token(token, fresh=True)).status for token in kept} == {"PENDING"}
 
-        assert (await store.approvals.approve(token, "anna")).approval_id == request.approval_id
+
+async def test_a_token_that_was_returned_outlives_a_repetition_that_is_cancelled(store: GatewayStore) -> None:
+    request = make_request()
+    token = await store.approvals.issue_token(request)
+    for steps in range(0, 60, 3):
+        await cancelled_after(steps, store.approvals.issue_token(request))
+    await until(lambda: not parts_of(store).approvals.background)
+    assert (await store.approvals.check_token(token, fresh=True)).status == "PENDING"
 
 
 async def test_both_notices_are_written(database_url: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agent_gateway_store import telemetry
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval import decisions
 from agent_gateway_store.approval.cache import ApprovalCache
 from agent_gateway_store.approval.decisions import VoteInput
@@ -32,6 +33,7 @@ class ApprovalBackend:
     Attributes:
         vetoes: The plugins that may object to a vote; None: none.
         waiting: Wakes the tasks that wait for decisions; None: they poll.
+        background: As for `Asking`; None for a session of the caller's.
     """
 
     transactions: Transactions
@@ -40,6 +42,7 @@ class ApprovalBackend:
     outbox: Outbox = field(default_factory=lambda: PersistOnlyOutbox(()))
     vetoes: Vetoes | None = None
     waiting: Waiting | None = None
+    background: BackgroundTasks | None = None
 
 
 def in_session(

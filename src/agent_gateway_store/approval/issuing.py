@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy.exc import IntegrityError
 
+from agent_gateway_store._concurrency import BackgroundTasks
 from agent_gateway_store.approval.changes import Changes
 from agent_gateway_store.approval.outbox_rows import Change, Outbox, insert_with_deliveries, notice_of
 from agent_gateway_store.approval.queries import StoredApproval
@@ -20,12 +24,14 @@ from agent_gateway_store.approval.statements import (
     LOCK_CALL,
     REISSUE,
     SAME_CALL,
+    WITHDRAW,
 )
 from agent_gateway_store.encoding.canonical import hash_json
 from agent_gateway_store.encoding.sanitize import MAX_KEY_BYTES, Scrubber
 from agent_gateway_store.errors import (
     ApprovalError,
     ApprovalMismatchError,
+    GatewayStoreError,
     TooManyPendingError,
 )
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
@@ -35,6 +41,7 @@ from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.sequences import require_next_id_on
 
+_logger = logging.getLogger("agent_gateway_store.approvals")
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
 
@@ -150,13 +157,48 @@ def already_issued(values: Mapping[str, Any]) -> ApprovalError:
 
 
 class Asking:
-    """Asks for approvals."""
+    """Asks for approvals, and withdraws a new one whose caller was cancelled before it had the token.
 
-    def __init__(self, changes: Changes) -> None:
-        self._changes = changes
+    Args:
+        background: Where both run to their end. None: in the task of the caller, whose session no other task can use;
+            nothing is withdrawn.
+    """
+
+    def __init__(self, changes: Changes, background: BackgroundTasks | None) -> None:
+        self._changes, self._background = changes, background
 
     async def issue(self, values: dict[str, Any]) -> str:
         """Ask, and return the token; `values` and errors as for `issue_values` and `ApprovalManager.issue_token`."""
+        if self._background is None:
+            await self._ask(values)
+        else:
+            asking = self._background.start(self._ask(values))
+            try:
+                await asyncio.shield(asking)
+            except asyncio.CancelledError:
+                self._background.start(self._withdraw(asking, values))
+                raise
+        return str(values["p_token"])
+
+    async def _withdraw(self, asking: asyncio.Task[Issued], values: dict[str, Any]) -> None:
+        """Cancel what was asked, unless somebody has asked for it again or voted since."""
+        try:
+            # What was refused was not asked.
+            with suppress(ApprovalError):
+                issued = await asking
+                if issued.is_new and (change := await self._cancel(values, issued)) is not None:
+                    await self._changes.publish(change)
+        except GatewayStoreError as exc:
+            _logger.warning("Approval %s may wait for nobody until it expires: %s", values["p_approval_id"], exc)
+
+    @retry_conflicts
+    async def _cancel(self, values: dict[str, Any], issued: Issued) -> Change | None:
+        async with self._changes.transactions.connection("transaction") as connection:
+            version = {"p_version": issued.approval.request.version}
+            row = await WITHDRAW.first(connection, values | version)
+            return (await self._changes.enqueue(connection, [StoredApproval.repaired(row)]))[0] if row else None
+
+    async def _ask(self, values: dict[str, Any]) -> Issued:
         issued = await self._insert(values)
         self._changes.waiting.note_change()
         approval, token = issued.approval, str(values["p_token"])
@@ -167,7 +209,7 @@ class Asking:
         if old is not None and old != token:
             # It no longer names the approval, and its entry would go on answering for it.
             await self._changes.cache.drop(old)
-        return token
+        return issued
 
     async def _insert(self, values: dict[str, Any]) -> Issued:
         for _ in range(_TRIES):

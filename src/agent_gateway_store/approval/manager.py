@@ -76,7 +76,7 @@ class ApprovalManager:
         self._waiting = backend.waiting or Waiting(None, trust_s=trust_s)
         self._cache = ApprovalCache(backend.redis, trust_s=trust_s)
         self._changes = Changes(self._transactions, backend.outbox, self._cache, self._waiting)
-        self._asking = issuing.Asking(self._changes)
+        self._asking = issuing.Asking(self._changes, backend.background)
         self._acquiring = Acquiring(self._changes)
 
     @property
@@ -92,8 +92,8 @@ class ApprovalManager:
         approval is cancelled and a new one is asked, in one transaction: no vote for other terms counts. `request`
         itself is not changed.
 
-        A caller that is cancelled before it has the token may leave an approval that nobody uses: it waits until it is
-        asked for again, decided or expired.
+        If the caller is cancelled before it has the token, what it newly asked is cancelled in the background, unless
+        it was asked for again or voted on meanwhile. (What a session of the caller's has committed stands.)
 
         Args:
             request: Its `tool_call` is what approvers see. Its `expires_at`, if None, becomes now +

@@ -242,6 +242,13 @@ REISSUE = sql_statement("""
     RETURNING {returning}
     """)
 
+WITHDRAW = sql_statement("""
+    UPDATE approval_requests SET status = 'CANCELLED', version = version + 1,
+        approver_id = caller_id, approver_note = 'The task that asked was cancelled.', decision_at = {now}
+    WHERE token = :p_token AND version = :p_version AND {is_pending}
+    RETURNING {returning}
+    """)
+
 _EXPIRE = """
     UPDATE approval_requests SET status = 'EXPIRED', version = version + 1
     WHERE {scope} AND {is_overdue}
