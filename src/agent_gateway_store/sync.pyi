@@ -235,7 +235,7 @@ class SyncApprovalManager:
     def list_requests(
         self, status: ApprovalStatus | str | None = None, limit: int = 50, cursor: str | None = None
     ) -> Page[ApprovalRequest]:
-        """Do `search` by one status, as a reader sees it (EXPIRED from the deadline on); None: all."""
+        """Return a page of `search` by one status, as a reader sees it (EXPIRED from the deadline on); None: all."""
 
     def search(
         self, *, limit: int = 50, cursor: str | None = None, **filters: Unpack[ApprovalFilters]
@@ -403,7 +403,7 @@ class SyncSinkManager:
         """Return events that were refused for good, newest first; `request_id` is None for one that was pruned."""
 
     def redrive(self, sink: str | None = None) -> int:
-        """Send dead letters again: those of one sink, or all. Whoever ships to the sink does it, before new events."""
+        """Send dead letters again: those of one sink, or all."""
 
     def forget(self, sink: str) -> bool:
         """Forget how far a sink is, and what it has refused: the next `ship` begins anew. False: nothing was known."""
