@@ -8,7 +8,7 @@ with needs_extra("agent_gateway_store.integrations.fastmcp", extra="fastmcp"):
     import fastmcp  # noqa: F401
 
 from agent_gateway_store.audit.calls import argument_names
+from agent_gateway_store.integrations.callbacks import Verdict
 from agent_gateway_store.integrations.fastmcp.middleware import GatewayMiddleware
-from agent_gateway_store.integrations.guard import Verdict
 
 __all__ = ["GatewayMiddleware", "Verdict", "argument_names"]

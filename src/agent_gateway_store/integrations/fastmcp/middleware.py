@@ -3,49 +3,99 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
+from fastmcp.server.context import Context
 from fastmcp.server.dependencies import get_http_request
 from fastmcp.server.middleware import CallNext, MiddlewareContext
 from fastmcp.tools import ToolResult
-from mcp_types import CallToolRequestParams
+from fastmcp.tools.base import InputRequiredToolResult
+from mcp_types import CallToolRequestParams, ElicitRequest, ElicitRequestURLParams, InputRequiredResult
+from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-from agent_gateway_store.audit.calls import HIDDEN, CallStart, argument_names
-from agent_gateway_store.errors import ApprovalError, GatewayStoreError, InvalidApiKeyError
-from agent_gateway_store.integrations.fastmcp.asking import (
-    acquire,
-    ask,
-    note_outcome,
-    page_request,
-    pending_answer,
-    take_answer,
-)
-from agent_gateway_store.integrations.fastmcp.callbacks import CallbackError, call_back, failure
+from agent_gateway_store.audit.calls import HIDDEN, argument_names
+from agent_gateway_store.clock import utc_now
+from agent_gateway_store.errors import GatewayStoreError, InvalidApiKeyError
+from agent_gateway_store.integrations.callbacks import CallRefusedError, Policy, Sanitize, Verdict, call_back
+from agent_gateway_store.integrations.calls import AWAY, AskedCall, CallPendingError, finish, refusal_text
+from agent_gateway_store.integrations.fastmcp.origin import origin_fields, outer_call, running, tool_span
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
-from agent_gateway_store.integrations.fastmcp.record import (
-    CallRecord,
-    Identify,
-    NameServer,
-    Sanitize,
-    origin_of,
-    running,
-    tool_span,
+from agent_gateway_store.integrations.fastmcp.resolution import (
+    INPUT_RESPONSES,
+    REQUEST_STATE,
+    RESERVED,
+    VERSION,
+    ResolvedTool,
+    resolve,
 )
-from agent_gateway_store.integrations.fastmcp.resolution import RESERVED, VERSION, ResolvedTool, resolve
-from agent_gateway_store.integrations.guard import AWAY, BROKEN, CallPendingError, Policy, Verdict
+from agent_gateway_store.integrations.guard import CallGuard, ReleasedCall
 from agent_gateway_store.keys.format import key_in
-from agent_gateway_store.models.audit import Decision, ExecutionStatus
-from agent_gateway_store.models.keys import CallerIdentity
-from agent_gateway_store.models.values import ToolCall
+from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
+from agent_gateway_store.models.audit import Decision
+from agent_gateway_store.models.keys import CallerIdentity, TrustLevel
+from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.store import GatewayStore
 
+Identify = Callable[[MiddlewareContext[Any]], CallerIdentity | Awaitable[CallerIdentity]]
+NameServer = Callable[[MiddlewareContext[Any]], str | Awaitable[str]]
+
+_UNKNOWN = "unknown"
+_UNKNOWN_TOOL = "There is no such tool."
 _WITHHELD = "The call could not be recorded, so its result is withheld: tell the operator."
 _REPLACED = "The tool changed while the call waited, so it was not run: call again."
 _OTHER_CALLER = "The caller's key or role changed while the call waited, so it was not run: call again."
 _logger = logging.getLogger("agent_gateway_store.integrations")
+_PAGE = "agent_gateway_store_approval"
+# What a callback raises to refuse a call, beside errors of the store.
+_REFUSALS = (ToolError, NotFoundError, DisabledError)
+
+
+class _GoesOnError(Exception):
+    """An extension answered for a tool that goes on in the background; how that ends is not known here."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise what FastMCP and callbacks refuse a call by as a `CallRefusedError`."""
+    try:
+        yield
+    except ToolError as exc:
+        raise CallRefusedError(str(exc)) from exc
+    except (NotFoundError, DisabledError) as exc:
+        raise CallRefusedError(_UNKNOWN_TOOL, rule="gateway.unknown_tool") from exc
+
+
+class _WaitingGuard(CallGuard):
+    """Asks for an approval of one call, waits for it, and cancels it once nobody waits any more."""
+
+    async def _acquire(self, asked: AskedCall, request: ApprovalRequest, bind: str, *, wait_s: float) -> ApprovalResult:
+        approvals, caller_id = asked.store.approvals, asked.caller.caller_id
+        token = await approvals.issue_token(request, call=asked.call)
+        is_open = True
+        try:
+            decided = await approvals.wait_for_decision(token, timeout_s=wait_s)
+            is_open = decided.status in (ApprovalStatus.PENDING, ApprovalStatus.APPROVED)
+            if decided.status is ApprovalStatus.PENDING:
+                text = f"Nobody decided about this call within {wait_s:g} seconds, so it was not run: call again later."
+                raise await asked.refusal(text, Decision.APPROVAL_REQUIRED)
+            if decided.status is ApprovalStatus.EXPIRED:
+                raise await asked.refusal(refusal_text(decided), Decision.APPROVAL_REQUIRED)
+            if decided.status is not ApprovalStatus.APPROVED:
+                raise await asked.refusal(refusal_text(decided), approver_id=decided.approver_id)
+            if asked.before_use is not None:
+                await asked.before_use()
+            used = await approvals.consume_token(token, caller_id=caller_id, tool_call=asked.call)
+            is_open = False
+            return used
+        finally:
+            if is_open:
+                await finish(approvals.cancel(token, caller_id, "Nobody waits for it any more.", channel="fastmcp"))
 
 
 class GatewayMiddleware(PinningMiddleware):
@@ -94,12 +144,12 @@ class GatewayMiddleware(PinningMiddleware):
         approval_timeout_s: float = 300.0,
     ) -> None:
         super().__init__()
-        self._store, self._policy, self._sanitize = store, policy, sanitize
-        self._identify = identify or self._verify_http_key
-        self._server, self._approval_timeout_s = server, approval_timeout_s
         if on_pending not in ("return", "wait"):
             raise ValueError(f'on_pending must be "return" or "wait", not {on_pending!r}.')
-        self._waits, self._approval_wait_s = on_pending == "wait", approval_wait_s
+        self._store, self._policy, self._sanitize = store, policy, sanitize
+        self._identify, self._server = identify or self._verify_http_key, server
+        kind, wait_s = (_WaitingGuard, approval_timeout_s) if on_pending == "wait" else (CallGuard, approval_wait_s)
+        self._guard = kind(store, self._judge, sanitize=self._shown, approval_wait_s=wait_s)
 
     async def _verify_http_key(self, _context: MiddlewareContext[Any]) -> CallerIdentity:
         try:
@@ -120,190 +170,167 @@ class GatewayMiddleware(PinningMiddleware):
             NotFoundError: There is no such tool.
         """
         message, session = context.message, context.fastmcp_context
-        has_seen_page = session is not None and take_answer(session)
+        has_seen_page = session is not None and _take_answer(session)
         call = ToolCall(server=_own_name(context), tool=message.name, arguments=message.arguments or {})
-        record = CallRecord(call, origin_of(context))
-        record.shown = argument_names(record.call)
-        with tool_span(record.call.tool, context):
-            return await self._call(record, context, call_next, has_seen_page=has_seen_page)
+        unknown = CallerIdentity(
+            caller_id=_UNKNOWN,
+            role=_UNKNOWN,
+            trust_level=TrustLevel.UNTRUSTED,
+            environment=self._store.settings.environment,
+            org_id=self._store.org_id or "default",
+        )
+        asked = self._guard.begin(call, unknown, timestamp=utc_now(), **origin_fields(context))
+        with tool_span(message.name, context):
+            try:
+                async with asked.refusing():
+                    resolved = await self._resolved(asked, context)
+                    released = await self._guard.judge(asked, bind=resolved.schema_hash)
+            except CallPendingError as exc:
+                is_plain = outer_call() is None and not {INPUT_RESPONSES, REQUEST_STATE} & asked.call.arguments.keys()
+                page = None
+                # Once a call: a person is not sent there again every `approval_wait_s` seconds. And only where that
+                # loses neither what the client answered to the tool nor, in a call inside a call, the outer tool.
+                if session is not None and not has_seen_page and is_plain:
+                    page = _page_request(session, exc, self._store.settings.console_url)
+                return page or _pending_answer(exc)
+            except CallRefusedError as exc:
+                if isinstance(exc.__cause__, NotFoundError | DisabledError) and str(exc) != AWAY:
+                    raise exc.__cause__ from None
+                raise ToolError(str(exc)) from exc.__cause__
+            return await self._run(asked, released, resolved, context, call_next)
 
-    async def _call(
-        self,
-        record: CallRecord,
-        context: MiddlewareContext[CallToolRequestParams],
-        call_next: CallNext[CallToolRequestParams, ToolResult],
-        *,
-        has_seen_page: bool,
-    ) -> ToolResult:
-        session = context.fastmcp_context
-        try:
-            resolved, token = await self._release(record, context)
-            return await self._run(record, resolved, token, context, call_next)
-        except CallPendingError as exc:
-            page = None
-            # Once a call: a person is not sent there again every `approval_wait_s` seconds. And only where that loses
-            # neither what the client answered to the tool nor, in a call inside a call, the outer tool.
-            if session is not None and not has_seen_page and record.is_plain:
-                page = page_request(session, exc, self._store.settings.console_url)
-            return page or pending_answer(exc)
-        finally:
-            if not record.is_silent:
-                await self._write(record)
+    async def _resolved(self, asked: AskedCall, context: MiddlewareContext[CallToolRequestParams]) -> ResolvedTool:
+        """Find out who calls and what would run, and let the call on its way say so."""
+        with _refusals():
+            server = await self._name(context)
+            asked.call = asked.call.model_copy(update={"server": server})
+            _set_parent(asked)
+            asked.caller = await self._caller(context)
+            _set_parent(asked)
+            self._store.database.check_owner()
+            resolved = await _resolve(context, context.message, server)
+        asked.call = resolved.call
 
-    async def _release(
-        self, record: CallRecord, context: MiddlewareContext[CallToolRequestParams]
-    ) -> tuple[ResolvedTool, str | None]:
-        """Return, once the call may run, the tool that will run and the token of its approval if it has one."""
-        try:
-            return await self._judge(record, context)
-        except (ToolError, CallPendingError) as refusal:
-            record.explain("refused", str(refusal))
-            raise
-        except (NotFoundError, DisabledError):
-            record.refused("unknown_tool", "There is no such tool.")
-            raise
-        except (InvalidApiKeyError, ApprovalError) as exc:
-            record.refused("invalid_api_key" if isinstance(exc, InvalidApiKeyError) else "not_approved", str(exc))
-            raise ToolError(str(exc)) from exc
-        except GatewayStoreError as exc:
-            _logger.error("%s: %s", type(exc).__name__, exc)
-            record.refused("store_unavailable", AWAY)
-            raise ToolError(AWAY) from exc
-        except Exception as exc:
-            # Not the text of an error, which may hold what a callback received: raw arguments.
-            _logger.error("Request %s: %s", record.request_id, exc if isinstance(exc, CallbackError) else failure(exc))
-            record.refused("failure", BROKEN)
-            raise ToolError(BROKEN) from None
-        except BaseException:
-            if not record.is_left:
-                record.refused("cancelled", "The call was cancelled before it ran.")
-            raise
+        async def require_unchanged() -> None:
+            with _refusals():
+                if await self._caller(context) != asked.caller:
+                    raise ToolError(_OTHER_CALLER)
+                try:
+                    now = await _resolve(context, resolved.message, server)
+                    is_same = (now.call, now.code) == (resolved.call, resolved.code)
+                except _REFUSALS:
+                    is_same = False
+                if not is_same:
+                    raise ToolError(_REPLACED)
 
-    async def _judge(
-        self, record: CallRecord, context: MiddlewareContext[CallToolRequestParams]
-    ) -> tuple[ResolvedTool, str | None]:
-        server = await self._name(context)
-        record.call = record.call.model_copy(update={"server": server})
-        record.caller = caller = await self._caller(context)
-        resolved = await self._resolve(context, context.message, server)
-        record.call = resolved.call
-        record.shown = await self._shown(record.call)
-        verdict: Verdict = await call_back("policy", self._policy, caller, _copy(record.call), returns=Verdict)
-        record.verdict, record.rule, record.reason = verdict, verdict.rule, verdict.reason
-        if verdict.decision == Decision.APPROVAL_REQUIRED:
-            approvals, required = self._store.for_org(caller.org_id).approvals, verdict.required_approvals
-            before_use = partial(self._require_unchanged, record, resolved, context, server)
-            if self._waits:
-                timeout_s = self._approval_timeout_s
-                token = await ask(
-                    approvals, record, caller, required=required, timeout_s=timeout_s, before_use=before_use
-                )
-                return resolved, token
-            wait_s = self._approval_wait_s
-            bind = resolved.schema_hash
-            await acquire(approvals, record, caller, required=required, bind=bind, wait_s=wait_s, before_use=before_use)
-            return resolved, None
-        if verdict.decision != Decision.ALLOW:
-            raise ToolError(verdict.reason)
-        self._store.database.check_owner()
-        if self._store.settings.audit_mode == "strict":
-            await self._store.ping()
-        record.decision = Decision.ALLOW
-        return resolved, None
+        asked.before_use = require_unchanged
+        return resolved
 
     async def _caller(self, context: MiddlewareContext[Any]) -> CallerIdentity:
-        caller: CallerIdentity = await call_back("identify", self._identify, context, returns=CallerIdentity)
+        caller: CallerIdentity = await call_back(
+            "identify", self._identify, context, returns=CallerIdentity, passing=_REFUSALS
+        )
         return caller
 
     async def _name(self, context: MiddlewareContext[Any]) -> str:
         if callable(self._server):
-            return str(await call_back("server", self._server, context, returns=str))
+            return str(await call_back("server", self._server, context, returns=str, passing=_REFUSALS))
         return _own_name(context) if self._server is None else self._server
 
-    async def _resolve(
-        self, context: MiddlewareContext[Any], message: CallToolRequestParams, server: str
-    ) -> ResolvedTool:
-        if context.fastmcp_context is None:
-            raise RuntimeError("FastMCP gave no context, so the tool that would run cannot be determined.")
-        with unpinned():
-            return await resolve(context.fastmcp_context, message, server=server)
-
-    async def _require_unchanged(
-        self, record: CallRecord, resolved: ResolvedTool, context: MiddlewareContext[Any], server: str
-    ) -> None:
-        record.decision = Decision.DENY
-        if await self._caller(context) != record.caller:
-            raise ToolError(_OTHER_CALLER)
-        try:
-            now = await self._resolve(context, resolved.message, server)
-            is_same = (now.call, now.code) == (resolved.call, resolved.code)
-        except (NotFoundError, DisabledError, ToolError):
-            is_same = False
-        if not is_same:
-            raise ToolError(_REPLACED)
-        record.decision = Decision.APPROVAL_REQUIRED
+    async def _judge(self, caller: CallerIdentity, call: ToolCall) -> Verdict:
+        with _refusals():
+            verdict: Verdict = await call_back("policy", self._policy, caller, call, returns=Verdict, passing=_REFUSALS)
+            return verdict
 
     async def _shown(self, call: ToolCall) -> dict[str, Any]:
-        shown = dict(await call_back("sanitize", self._sanitize, _copy(call), returns=Mapping))
-        for name in RESERVED & call.arguments.keys():
-            shown.setdefault(name, HIDDEN)
-        if VERSION in call.arguments:
-            # No secret, since callers choose it among the versions of the tool; and approvers need it.
-            shown[VERSION] = call.arguments[VERSION]
-        return shown
+        hidden = dict.fromkeys(RESERVED & call.arguments.keys(), HIDDEN)
+        # No secret, since callers choose it among the versions of the tool; and approvers need it.
+        version = {name: call.arguments[name] for name in hidden if name == VERSION}
+        with _refusals():
+            shown = await call_back("sanitize", self._sanitize, call, returns=Mapping, passing=_REFUSALS)
+        return {**hidden, **shown, **version}
 
     async def _run(
         self,
-        record: CallRecord,
+        asked: AskedCall,
+        released: ReleasedCall,
         resolved: ResolvedTool,
-        token: str | None,
         context: MiddlewareContext[CallToolRequestParams],
         call_next: CallNext[CallToolRequestParams, ToolResult],
     ) -> ToolResult:
-        assert record.caller is not None  # noqa: S101  `_judge` has set it
-        org_id, approval_id, is_end_known = record.caller.org_id, record.approval_id, True
-        start = CallStart()
-        record.was_run = True
-        try:
-            with pinned(resolved.hops, once=approval_id is not None) as pins, running(record.request_id, org_id):
-                result = await call_next(context.copy(message=resolved.message))
-            # An extension may answer for a tool that goes on in the background; how that ends is not known here.
-            is_end_known = isinstance(result, ToolResult)
-            if is_end_known:
-                record.execution_status = ExecutionStatus.TOOL_ERROR if result.is_error else ExecutionStatus.SUCCESS
-                record.output_hash = self._store.hash_args(result.model_dump(mode="json", exclude={"meta"}))
-        except BaseException as exc:
-            # Once the tool has begun, an error of these classes comes from a call that it made itself.
-            if isinstance(exc, CallChangedError) and not pins.has_begun:
-                record.refused("changed", str(exc))
-            elif isinstance(exc, NotFoundError | DisabledError) and not pins.has_begun:
-                record.refused("unknown_tool", "There is no such tool.")
-            else:
-                record.execution_status = start.status_of(exc)
-            raise
-        finally:
-            if approval_id is not None and is_end_known:
-                approvals = self._store.for_org(org_id).approvals
-                await note_outcome(approvals, record, token=token, approval_id=approval_id)
-        return result
+        async def tool() -> ToolResult:
+            request_id, org_id = asked.event["request_id"], asked.caller.org_id
+            try:
+                with pinned(resolved.hops, once=released.is_approved) as pins, running(request_id, org_id):
+                    result = await call_next(context.copy(message=resolved.message))
+            except (CallChangedError, NotFoundError, DisabledError) as exc:
+                # Once the tool has begun, an error of these classes comes from a call that it made itself.
+                if not pins.has_begun:
+                    released.take_back(str(exc) if isinstance(exc, CallChangedError) else _UNKNOWN_TOOL)
+                raise
+            if not isinstance(result, ToolResult):
+                raise _GoesOnError(result)
+            assert released.outcome is not None  # noqa: S101
+            released.outcome.output_hash = self._store.hash_args(result.model_dump(mode="json", exclude={"meta"}))
+            return result
 
-    async def _write(self, record: CallRecord) -> None:
-        # A host's own identity may name no organisation; the call may have run all the same.
-        org_id = record.caller.org_id if record.caller is not None else ""
-        store = self._store.for_org(org_id) if org_id else self._store
         try:
-            event = record.event(store)
-            write = store.audit.event_writer.write_ended if record.was_run else store.audit.write
-            await write(event)
+            return await released.run(tool, is_error=lambda result: result.is_error, open_ends=(_GoesOnError,))
+        except _GoesOnError as exc:
+            result: ToolResult = exc.result
+            return result
         except GatewayStoreError as exc:
-            _logger.error("Request %s: %s: %s", record.request_id, type(exc).__name__, exc)
-            raise ToolError(_WITHHELD if record.was_run else AWAY) from exc
-
-
-def _copy(call: ToolCall) -> ToolCall:
-    """Return a copy for a callback, which may change it; the call that runs stays the call that was hashed."""
-    return call.model_copy(deep=True)
+            _logger.error("Request %s: %s: %s", asked.event["request_id"], type(exc).__name__, exc)
+            raise ToolError(_WITHHELD if released.outcome is not None else AWAY) from exc
 
 
 def _own_name(context: MiddlewareContext[Any]) -> str:
-    return context.fastmcp_context.fastmcp.name if context.fastmcp_context is not None else "unknown"
+    return context.fastmcp_context.fastmcp.name if context.fastmcp_context is not None else _UNKNOWN
+
+
+def _set_parent(asked: AskedCall) -> None:
+    # An id of another organisation stays there.
+    outer = outer_call()
+    is_own = outer is not None and outer.org_id == asked.caller.org_id
+    asked.event["parent_request_id"] = outer.request_id if outer is not None and is_own else None
+
+
+async def _resolve(context: MiddlewareContext[Any], message: CallToolRequestParams, server: str) -> ResolvedTool:
+    if context.fastmcp_context is None:
+        raise RuntimeError("FastMCP gave no context, so the tool that would run cannot be determined.")
+    with unpinned():
+        return await resolve(context.fastmcp_context, message, server=server)
+
+
+def _pending_answer(pending: CallPendingError) -> ToolResult:
+    """Return what the client receives: an error in words, and the same for programs."""
+    facts = {**pending.facts, "next": "call again with the same arguments"}
+    return ToolResult(content=str(pending), structured_content=facts, is_error=True)
+
+
+def _take_answer(context: Context) -> bool:
+    """Return whether the client comes back from `_page_request`, and hide from the tool that it does.
+
+    The answer releases nothing: somebody may have opened the page, and the approval is acquired anew.
+    """
+    answers = context.input_responses
+    if answers is None or _PAGE not in answers or context.request_context is None:
+        return False
+    # No public name of FastMCP leads to the raw request, from which the tool and a proxy read the answers.
+    params = context.request_context._srctx.params
+    if isinstance(params, MutableMapping):
+        params.pop("inputResponses", None)
+    return True
+
+
+def _page_request(context: Context, pending: CallPendingError, console_url: str | None) -> ToolResult | None:
+    """Return the result that asks the client to open the approval's page; None if it cannot."""
+    request = context.request_context
+    if console_url is None or request is None or request.protocol_version not in MODERN_PROTOCOL_VERSIONS:
+        return None
+    capabilities = context.session.client_capabilities
+    if capabilities is None or capabilities.elicitation is None or capabilities.elicitation.url is None:
+        return None
+    url = f"{console_url}/approvals/{pending.approval.approval_id}"
+    asked = ElicitRequest(params=ElicitRequestURLParams(message=str(pending), url=url))
+    return InputRequiredToolResult(InputRequiredResult(input_requests={_PAGE: asked}))

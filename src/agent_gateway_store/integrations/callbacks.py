@@ -1,44 +1,88 @@
-"""Calls the host's callbacks, and says which one failed and where, without a value of what it received."""
+"""The host's callbacks: what a policy returns, and which callback failed where, without a value of what it received."""
 
 from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal
 
-from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from agent_gateway_store._text import word
 from agent_gateway_store.encoding.plain import code_of
 from agent_gateway_store.errors import GatewayStoreError
+from agent_gateway_store.models.audit import Decision
+from agent_gateway_store.models.keys import CallerIdentity
+from agent_gateway_store.models.values import FrozenModel, ToolCall
 
-# What a callback raises to refuse a call.
-_REFUSALS = (ToolError, NotFoundError, DisabledError, GatewayStoreError)
+
+class Verdict(FrozenModel):
+    """Whether a call may run.
+
+    Attributes:
+        decision: ALLOW, DENY, or APPROVAL_REQUIRED: a human decides.
+        rule: The rule of the policy that decided.
+        reason: Why, in one sentence; approvers read it, and the caller of a denied call does, too.
+        risk_score: On the host's own scale.
+        policy_version: Version of the policy.
+        required_approvals: How many different approvers must approve, if a human is asked.
+    """
+
+    decision: Literal[Decision.ALLOW, Decision.DENY, Decision.APPROVAL_REQUIRED]
+    rule: str
+    reason: str
+    risk_score: float = 0.0
+    risk_labels: tuple[str, ...] = ()
+    policy_version: str | None = None
+    required_approvals: int = Field(default=1, ge=1)
+
+    @property
+    def event_fields(self) -> dict[str, Any]:
+        """What the event of the call says of it."""
+        return self.model_dump(include={"rule", "risk_score", "risk_labels", "policy_version"})
+
+
+Policy = Callable[[CallerIdentity, ToolCall], Verdict | Awaitable[Verdict]]
+Sanitize = Callable[[ToolCall], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
+
+
+class CallRefusedError(Exception):
+    """The call must not run. The text is for the model; `rule` is that of its event, where no policy has decided."""
+
+    def __init__(self, reason: str, *, rule: str = "gateway.refused") -> None:
+        super().__init__(reason)
+        self.rule = rule
 
 
 class CallbackError(Exception):
     """A callback failed. The text names it, its line and the fields that are wrong, and quotes no value."""
 
 
-async def call_back(role: str, callback: Callable[..., Any], *args: Any, returns: type[Any]) -> Any:
+async def call_back(
+    role: str,
+    callback: Callable[..., Any],
+    *args: Any,
+    returns: type[Any],
+    passing: tuple[type[Exception], ...] = (),
+) -> Any:
     """Call a callback, sync or async, and return what it returns.
 
     Args:
-        role: The argument of the middleware that it was given as.
+        role: The argument that it was given as.
         returns: What it must return.
+        passing: What it may raise to refuse a call, beside `CallRefusedError` and errors of the store.
 
     Raises:
-        CallbackError: It raised an error that refuses no call, or returned something else.
+        CallbackError: It raised another error, or returned something else.
     """
     try:
         answer = callback(*args)
         if inspect.isawaitable(answer):
             answer = await answer
-    except _REFUSALS:
-        raise
     except Exception as exc:
+        if isinstance(exc, (CallRefusedError, CallbackError, GatewayStoreError, *passing)):
+            raise
         raise CallbackError(f"{_name(role, callback)} failed: {failure(exc, callback)}") from None
     if not isinstance(answer, returns) or answer == "":
         found = type(answer).__name__ if answer != "" else "an empty text"
