@@ -88,19 +88,10 @@ class Bench:
         return await self.client.post(f"/approvals/{approval_id}/decision", headers=headers, json=body)
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def database_url(request: pytest.FixtureRequest) -> str:
-    """The URL of an empty database, migrated if it is of PostgreSQL."""
-    if request.param == "sqlite":
-        return "sqlite:///gateway.db"
-    new_database: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
-    return new_database()
-
-
 @pytest.fixture
-async def bench(database_url: str) -> AsyncIterator[Bench]:
-    """An application with every part of the integration, on both databases."""
-    store = GatewayStore(database_url, settings=StoreSettings(api_key_cache_seconds=0))
+async def bench(migrated_postgres_database: Callable[[], str]) -> AsyncIterator[Bench]:
+    """An application with every part of the integration."""
+    store = GatewayStore(migrated_postgres_database(), settings=StoreSettings(api_key_cache_seconds=0))
     app = build_app(store)
     async with running(app) as client:
         yield Bench(store, client, app)

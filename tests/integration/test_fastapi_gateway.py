@@ -12,7 +12,6 @@ from uuid import uuid4
 
 import asyncpg
 import gateway_process
-import pytest
 from gateway_process import POLICY, SECRET, Bench, Site
 from sqlalchemy import make_url
 
@@ -26,8 +25,13 @@ async def test_allowed_call_runs_and_is_recorded(bench: Bench) -> None:
     """A real file is read, and the event says all that is known of the call."""
     (bench.site.sandbox / "hello.txt").write_text("hello")
 
+    listed = (await bench.agent.call("list_files")).json()["result"]
+    hashed = (await bench.agent.call("hash_file", {"path": "hello.txt"})).json()["result"]
     answer = await bench.agent.call("read_file", {"path": "hello.txt"})
     event = await bench.last_event()
+
+    assert {"name": "hello.txt", "kind": "file", "bytes": 5} in listed
+    assert hashed == {"sha256": hashlib.sha256(b"hello").hexdigest(), "bytes": 5}
 
     assert (answer.status_code, answer.json()["result"]) == (200, "hello")
     assert answer.headers["X-Request-Id"] == answer.json()["request_id"] == event.request_id
@@ -43,89 +47,49 @@ async def test_allowed_call_runs_and_is_recorded(bench: Bench) -> None:
     assert (await bench.store.keys.get(bench.agent.caller_id)).key_id == event.key_id
 
 
-async def test_tools_do_real_work(bench: Bench) -> None:
-    """Listing and hashing tell what is on the disk."""
-    (bench.site.sandbox / "data.bin").write_bytes(b"\x00\xff")
-
-    listed = (await bench.agent.call("list_files")).json()["result"]
-    hashed = (await bench.agent.call("hash_file", {"path": "data.bin"})).json()["result"]
-
-    assert {"name": "data.bin", "kind": "file", "bytes": 2} in listed
-    assert hashed == {"sha256": hashlib.sha256(b"\x00\xff").hexdigest(), "bytes": 2}
-
-
-@pytest.mark.parametrize(
-    ("tool", "rule"),
-    [
+async def test_denied_call_is_refused_and_recorded(bench: Bench) -> None:
+    """deny beats the other rules, what no rule speaks of is denied, and an approver is no caller of tools."""
+    for tool, rule in (
         ("shell/run", "developer.deny.1 shell/*"),
         ("files/write_locked", "developer.deny.2 files/write_locked"),
         ("mail/send", "default-deny"),
-    ],
-)
-async def test_denied_call_is_refused_and_recorded(bench: Bench, tool: str, rule: str) -> None:
-    """deny beats the other rules, and what no rule speaks of is denied."""
-    answer = await bench.agent.call(tool, {"password": SECRET})
-    event = await bench.last_event()
-
-    assert (answer.status_code, answer.json()["error"]) == (403, "denied_by_policy")
-    assert (event.decision, event.execution_status, event.matched_policy_rule) == ("DENY", None, rule)
-    assert answer.json()["detail"] == event.deterministic_rationale
-
-
-async def test_role_unknown_to_the_policy_may_call_nothing(bench: Bench) -> None:
-    """An approver is no caller of tools."""
+    ):
+        answer = await bench.agent.call(tool, {"password": SECRET})
+        event = await bench.last_event()
+        assert (answer.status_code, answer.json()["error"]) == (403, "denied_by_policy")
+        assert (event.decision, event.execution_status, event.matched_policy_rule) == ("DENY", None, rule)
+        assert answer.json()["detail"] == event.deterministic_rationale
     answer = await bench.approver.call("list_files")
-
     assert (answer.status_code, answer.json()["error"]) == (403, "denied_by_policy")
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["../policy.yaml", "/etc/passwd", "a/../../policy.yaml", "link", "a\0b"],
-    ids=["up", "root", "far", "link", "nul"],
-)
-async def test_path_that_leads_out_is_refused(bench: Bench, path: str) -> None:
-    """Neither dots nor an absolute path nor a link leaves the sandbox; the attempt is labelled."""
-    link = bench.site.sandbox / "link"
-    if not link.is_symlink():
-        link.symlink_to("../policy.yaml")
-
-    answer = await bench.agent.call("read_file", {"path": path})
-    event = await bench.last_event()
-
-    assert (answer.status_code, answer.json()["error"]) == (403, "path_refused")
-    assert (event.decision, event.execution_status) == ("DENY", None)
-    assert "PATH_TRAVERSAL" in event.risk_labels
-
-
-async def test_path_is_checked_before_anybody_is_asked(bench: Bench) -> None:
-    """A call that could never run does not reach an approver."""
-    answer = await bench.agent.call("delete_file", {"path": "../policy.yaml"})
-
-    assert answer.status_code == 403
+async def test_path_that_leads_out_is_refused(bench: Bench) -> None:
+    """Neither dots nor an absolute path nor a link leaves the sandbox; it is labelled, and no human is asked."""
+    (bench.site.sandbox / "link").symlink_to("../policy.yaml")
+    for path in ("../policy.yaml", "/etc/passwd", "a/../../policy.yaml", "link", "a\0b"):
+        for tool in ("read_file", "delete_file"):
+            answer = await bench.agent.call(tool, {"path": path})
+            event = await bench.last_event()
+            assert (answer.status_code, answer.json()["error"]) == (403, "path_refused"), path
+            assert (event.decision, event.execution_status) == ("DENY", None)
+            assert "PATH_TRAVERSAL" in event.risk_labels
     assert (bench.site.folder / "policy.yaml").exists()
 
 
-@pytest.mark.parametrize(
-    ("tool", "arguments", "status", "error", "executed"),
-    [
+async def test_call_that_cannot_be_done_says_why(bench: Bench) -> None:
+    """A tool that ran and failed is told from a call that never ran."""
+    cases: list[tuple[str, dict[str, Any], int, str, str | None]] = [
         ("read_file", {"path": "missing.txt"}, 422, "tool_failed", "TOOL_ERROR"),
         ("read_file", {"password": SECRET}, 422, "invalid_arguments", None),
         ("read_file", {"path": 7}, 422, "invalid_arguments", None),
         ("fly_file", {}, 404, "unknown_tool", None),
-    ],
-    ids=["missing-file", "wrong-name", "wrong-type", "unknown-tool"],
-)
-async def test_call_that_cannot_be_done_says_why(
-    bench: Bench, tool: str, arguments: dict[str, Any], status: int, error: str, executed: str | None
-) -> None:
-    """A tool that ran and failed is told from a call that never ran."""
-    answer = await bench.agent.call(tool, arguments)
-    event = await bench.last_event()
-
-    assert (answer.status_code, answer.json()["error"]) == (status, error)
-    assert (event.decision, event.execution_status) == ("ALLOW" if executed else "DENY", executed)
-    assert SECRET not in answer.text
+    ]
+    for tool, arguments, status, error, executed in cases:
+        answer = await bench.agent.call(tool, arguments)
+        event = await bench.last_event()
+        assert (answer.status_code, answer.json()["error"]) == (status, error)
+        assert (event.decision, event.execution_status) == ("ALLOW" if executed else "DENY", executed)
+        assert SECRET not in answer.text
 
 
 async def test_wrong_keys_are_all_refused_alike(bench: Bench) -> None:
@@ -152,9 +116,9 @@ async def test_wrong_keys_are_all_refused_alike(bench: Bench) -> None:
         assert all(key not in answer.text for answer in answers)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
+async def test_malformed_request_is_422_and_recorded(bench: Bench) -> None:
+    """What is no call is refused without repeating the input, and leaves one event; reading stops at the limit."""
+    bodies = [
         f'{{"server": "files", "password": "{SECRET}", ',
         f'{{"server": "files", "tool": "read_file", "extra": "{SECRET}"}}',
         f'{{"server": "files", "tool": "{SECRET} {SECRET}"}}',
@@ -163,25 +127,15 @@ async def test_wrong_keys_are_all_refused_alike(bench: Bench) -> None:
         "",
         "[]",
         "\x00",
-    ],
-    ids=["cut", "extra", "bad-name", "bad-arguments", "deep", "empty", "list", "nul"],
-)
-async def test_malformed_request_is_422_and_recorded(bench: Bench, body: str) -> None:
-    """What is no call is refused without repeating the input, and leaves one event."""
-    answer = await bench.agent.send("POST", "/v1/tools/call", content=body.encode())
+    ]
+    for body in bodies:
+        answer = await bench.agent.send("POST", "/v1/tools/call", content=body.encode())
+        assert (answer.status_code, answer.json()["error"]) == (422, "malformed_request")
+        assert SECRET not in answer.text
+    large = await bench.agent.call("write_file", {"path": "big", "content": "x" * 2_000_001})
+    assert (large.status_code, large.json()["error"]) == (413, "too_large")
     events = await bench.events()
-
-    assert (answer.status_code, answer.json()["error"]) == (422, "malformed_request")
-    assert SECRET not in answer.text
-    assert [(event.decision, event.tool_name) for event in events] == [("DENY", "unknown")]
-
-
-async def test_request_that_is_too_large_is_413(bench: Bench) -> None:
-    """Reading stops at the limit."""
-    answer = await bench.agent.call("write_file", {"path": "big", "content": "x" * 2_000_001})
-
-    assert (answer.status_code, answer.json()["error"]) == (413, "too_large")
-    assert [event.decision for event in await bench.events()] == ["DENY"]
+    assert [(event.decision, event.tool_name) for event in events] == [("DENY", "unknown")] * (len(bodies) + 1)
 
 
 async def test_odd_arguments_are_recorded_too(bench: Bench) -> None:

@@ -15,7 +15,7 @@ from fastapi_helpers import Bench, build_app, running
 from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.integrations.fastapi import StoreDep, get_store, http_exception_of, lifespan
 
-database_url, bench = fastapi_helpers.database_url, fastapi_helpers.bench
+bench = fastapi_helpers.bench
 
 
 async def test_store_is_open_while_the_application_runs() -> None:
@@ -36,45 +36,29 @@ async def test_store_is_open_while_the_application_runs() -> None:
         await store.audit.list_recent(limit=1)
 
 
-async def test_application_may_start_again() -> None:
-    """Without a store of the host's each start makes one from the environment."""
-    app = FastAPI(lifespan=lifespan())
-
-    @app.get("/org")
-    async def org(store: StoreDep) -> int:
-        return len(await store.audit.list_recent())
-
-    answers = []
-    for _ in range(2):
-        async with running(app) as client:
-            answers.append((await client.get("/org")).json())
-
-    assert answers == [0, 0]
-
-
-async def test_mounted_application_has_the_same_store() -> None:
-    """A mounted application sees the store through the state of the server."""
+async def test_mounted_application_has_the_same_store_each_time_it_starts() -> None:
+    """Through the state of the server; without a store of the host's each start makes one from the environment."""
     app, mounted = FastAPI(lifespan=lifespan()), FastAPI()
 
     @mounted.get("/same")
     async def same(request: Request, store: StoreDep) -> bool:
-        return store is outer["agent_gateway_store"]
+        return store is outer["agent_gateway_store"] and not await store.audit.list_recent()
 
     app.mount("/v2", mounted)
-    async with app.router.lifespan_context(app) as state:
-        outer: dict[str, Any] = dict(state or {})
+    for _ in range(2):
+        async with app.router.lifespan_context(app) as state:
+            outer: dict[str, Any] = dict(state or {})
 
-        async def with_state(scope: Any, receive: Any, send: Any) -> None:  # as a server does
-            await app({**scope, "state": outer.copy()}, receive, send)
+            async def with_state(scope: Any, receive: Any, send: Any, outer: Any = outer) -> None:  # as a server does
+                await app({**scope, "state": outer.copy()}, receive, send)
 
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(with_state), base_url="http://gateway") as client:
-            answer = await client.get("/v2/same")
+            transport = httpx.ASGITransport(with_state)
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+                assert (await client.get("/v2/same")).json() is True
 
-    assert answer.json() is True
 
-
-async def test_application_without_lifespan_answers_503() -> None:
-    """A store that was never opened runs nothing."""
+async def test_dependencies_answer_without_a_store_and_without_the_handlers() -> None:
+    """503 for a store that was never opened; 401 does not hang on `install_error_handlers`."""
     store = GatewayStore()
     app = build_app(store)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -83,8 +67,10 @@ async def test_application_without_lifespan_answers_503() -> None:
         missing = await client.get("/whoami", headers={"X-API-Key": "agw_x"})
         app.dependency_overrides[get_store] = lambda: store
         closed = await client.get("/follow", params={"token": "t"}, headers={"X-API-Key": _unknown_key()})
+    async with running(build_app(GatewayStore(), is_handling=False)) as client:
+        refused = await client.get("/whoami")
 
-    assert (missing.status_code, closed.status_code) == (503, 503)
+    assert (missing.status_code, closed.status_code, refused.status_code) == (503, 503, 401)
 
 
 async def test_either_header_names_the_caller(bench: Bench) -> None:
@@ -157,17 +143,9 @@ async def test_key_is_described_in_openapi(bench: Bench) -> None:
     assert "parameters" not in schema["paths"]["/whoami"]["get"]
 
 
-async def test_dependencies_answer_without_the_handlers() -> None:
-    """401 does not hang on `install_error_handlers`."""
-    async with running(build_app(GatewayStore(), is_handling=False)) as client:
-        answer = await client.get("/whoami")
-
-    assert answer.status_code == 401
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
+def test_refusals_say_their_own_sentence() -> None:
+    """What the caller can mend is told as the store tells it; what JSON cannot hold is replaced."""
+    cases: list[tuple[errors.GatewayStoreError, int]] = [
         (errors.InvalidApiKeyError(), 401),
         (errors.ApprovalNotFoundError(), 404),
         (errors.ApprovalAlreadyDecidedError("Decided."), 409),
@@ -181,36 +159,27 @@ async def test_dependencies_answer_without_the_handlers() -> None:
         (errors.ApiKeyNotFoundError("a"), 404),
         (errors.ApiKeyExistsError("a"), 409),
         (errors.InvalidCursorError("Cursor."), 400),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
-)
-def test_refusals_say_their_own_sentence(error: errors.GatewayStoreError, status: int) -> None:
-    """What the caller can mend is told as the store tells it; what JSON cannot hold is replaced."""
-    answer = http_exception_of(error)
+    ]
+    answers = [http_exception_of(error) for error, _ in cases]
 
-    assert (answer.status_code, answer.detail) == (status, str(error))
+    assert [(answer.status_code, answer.detail) for answer in answers] == [(status, str(e)) for e, status in cases]
     assert http_exception_of(errors.SelfApprovalError("\ud800 asked.")).detail == "\\ud800 asked."
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
+def test_faults_keep_the_operators_hints() -> None:
+    """A store that is away may be asked again later; where it is, is not told."""
+    for error in (
         errors.StoreUnavailableError("db.internal:5432 is away."),
         errors.AuditUnavailableError("db.internal:5432 is away."),
         errors.StoreNotOpenError("db.internal"),
         errors.SchemaOutOfDateError("db.internal"),
         errors.InvalidUrlError("db.internal"),
         errors.PluginError("db.internal", plugin="p"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_faults_keep_the_operators_hints(error: errors.GatewayStoreError) -> None:
-    """A store that is away may be asked again later; where it is, is not told."""
-    answer = http_exception_of(error)
-
-    assert answer.status_code in (500, 503)
-    assert (answer.headers or {}).get("Retry-After") == ("5" if answer.status_code == 503 else None)
-    assert "db.internal" not in answer.detail
+    ):
+        answer = http_exception_of(error)
+        assert answer.status_code in (500, 503), error
+        assert (answer.headers or {}).get("Retry-After") == ("5" if answer.status_code == 503 else None), error
+        assert "db.internal" not in answer.detail
 
 
 def _unknown_key() -> str:

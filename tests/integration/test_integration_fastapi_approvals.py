@@ -1,9 +1,7 @@
-"""The approvals router of the FastAPI integration, on both databases."""
+"""The approvals router of the FastAPI integration."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +15,7 @@ from agent_gateway_store import GatewayStore, ToolCall, hookimpl
 from agent_gateway_store._text import CUT_CALL
 from builders import make_request
 
-database_url, bench = fastapi_helpers.database_url, fastapi_helpers.bench
+bench = fastapi_helpers.bench
 
 
 async def test_approver_lists_and_sees_what_is_pending(bench: Bench) -> None:
@@ -90,18 +88,6 @@ async def test_decision_is_recorded_once(bench: Bench, word: str, status: str) -
     assert "token" not in decided.json()
 
 
-async def test_race_has_one_winner(bench: Bench) -> None:
-    """Of ten approvers at once one decides; the others learn who."""
-    keys = [await bench.key(f"approver-{number}", role="approver") for number in range(10)]
-    approval_id, _ = await bench.ask()
-
-    answers = await asyncio.gather(*(bench.decide(approval_id, key, decision="approve") for key in keys))
-    winner = (await bench.store.approvals.get(approval_id=approval_id)).approver_id
-
-    assert Counter(answer.status_code for answer in answers) == {200: 1, 409: 9}
-    assert all(f"by {winner}" in answer.json()["detail"] for answer in answers if answer.status_code == 409)
-
-
 async def test_foreign_approval_looks_absent(bench: Bench) -> None:
     """Another organisation's approval, an unknown id and a malformed one get the same answer; nothing is decided."""
     alice = await bench.key("alice", role="approver", org_id="acme")
@@ -124,9 +110,9 @@ async def test_foreign_approval_looks_absent(bench: Bench) -> None:
     assert (await bench.store.approvals.get(approval_id=foreign)).status == "PENDING"
 
 
-async def test_only_approvers_get_in(bench: Bench) -> None:
-    """The host's dependency stands before every route."""
-    developer = await bench.key("dev-agent")
+async def test_only_other_approvers_decide_in_time(bench: Bench) -> None:
+    """The host's dependency stands before every route; who asked may not approve, and after the deadline nobody."""
+    developer, own = await bench.key("dev-agent-2"), await bench.key("dev-agent", role="approver")
     approval_id, _ = await bench.ask()
 
     for headers, status in ((developer, 403), ({}, 401)):
@@ -136,36 +122,23 @@ async def test_only_approvers_get_in(bench: Bench) -> None:
             await bench.decide(approval_id, headers, decision="approve"),
         ]
         assert [answer.status_code for answer in answers] == [status] * 3
-    assert (await bench.store.approvals.get(approval_id=approval_id)).status == "PENDING"
-
-
-async def test_caller_cannot_approve_its_own_call(bench: Bench) -> None:
-    """An approver that asked gets 403 with the reason."""
-    own = await bench.key("dev-agent", role="approver")
-    approval_id, _ = await bench.ask()
-
     answer = await bench.decide(approval_id, own, decision="approve")
-
     assert answer.status_code == 403
     assert answer.json()["detail"] == "dev-agent asked for this call and may not approve it: let somebody else decide."
-
-
-async def test_expired_approval_is_gone(bench: Bench) -> None:
-    """After the deadline a decision gets 410."""
-    alice = await bench.key("alice", role="approver")
-    approval_id, _ = await bench.ask()
+    assert (await bench.store.approvals.get(approval_id=approval_id)).status == "PENDING"
     async with bench.store.database.write() as connection:
         await connection.execute(text("UPDATE approval_requests SET expires_at = created_at"))
-
-    answer = await bench.decide(approval_id, alice, decision="approve")
-
-    assert answer.status_code == 410
-    assert answer.json()["detail"].startswith("The approval has expired")
+    late = await bench.decide(approval_id, await bench.key("alice", role="approver"), decision="approve")
+    assert late.status_code == 410
+    assert late.json()["detail"].startswith("The approval has expired")
 
 
-@pytest.mark.parametrize(
-    "request_options",
-    [
+async def test_what_is_no_decision_decides_nothing(bench: Bench) -> None:
+    """Also not what a form of a foreign page could send with the approver's cookies; and a listing needs its terms."""
+    alice = await bench.key("alice", role="approver")
+    approval_id, _ = await bench.ask()
+    as_json = {"headers": {"Content-Type": "application/json"}}
+    bodies: list[dict[str, Any]] = [
         {"content": b'{"decision": "approve"}', "headers": {"Content-Type": "text/plain"}},
         {"data": {"decision": "approve"}},
         {"content": b""},
@@ -173,57 +146,23 @@ async def test_expired_approval_is_gone(bench: Bench) -> None:
         {"json": {"decision": "approve", "approver_id": "mallory"}},
         {"json": {"decision": "approve", "note": "x" * 2001}},
         {"json": {"decision": "approve", "note": {"a": 1}}},
-        {"content": b'{"decision": "approve"', "headers": {"Content-Type": "application/json"}},
-        {"content": b"[" * 60_000, "headers": {"Content-Type": "application/json"}},
-        *(
-            {"content": body, "headers": {"Content-Type": "application/json"}}
-            for body in (
-                b'{"decision": "approve", "note": "\\ud800"}',
-                b'{"decision": "approve", "note": NaN}',
-                b'{"decision": -Infinity}',
-                b'{"decision": "approve", "\\ud800": 1}',
-            )
-        ),
-    ],
-    ids=[
-        *("text", "form", "empty", "word", "extra", "long", "type", "cut", "deep"),
-        *("surrogate", "not a number", "infinity", "name"),
-    ],
-)
-async def test_what_is_no_decision_decides_nothing(bench: Bench, request_options: dict[str, Any]) -> None:
-    """Also not what a form of a foreign page could send with the approver's cookies."""
-    alice = await bench.key("alice", role="approver")
-    approval_id, _ = await bench.ask()
-    headers = alice | request_options.get("headers", {})
+        {"content": b'{"decision": "approve"', **as_json},
+        {"content": b"[" * 60_000, **as_json},
+        {"content": b'{"decision": "approve", "note": "\\ud800"}', **as_json},
+        {"content": b'{"decision": "approve", "note": NaN}', **as_json},
+        {"content": b'{"decision": -Infinity}', **as_json},
+        {"content": b'{"decision": "approve", "\\ud800": 1}', **as_json},
+    ]
+    for body in bodies:
+        options = body | {"headers": alice | body.get("headers", {})}
+        answer = await bench.client.post(f"/approvals/{approval_id}/decision", **options)
+        assert answer.status_code in (400, 422), body
+    huge = await bench.decide(approval_id, alice, decision="approve", note="x" * 100_000)
+    questions: list[dict[str, Any]] = [{"cursor": "nonsense"}, {"limit": 0}, {"limit": 501}, {"status": "MAYBE"}]
+    listed = [(await bench.client.get("/approvals", headers=alice, params=each)).status_code for each in questions]
 
-    answer = await bench.client.post(f"/approvals/{approval_id}/decision", **request_options | {"headers": headers})
-
-    assert answer.status_code in (400, 422)
+    assert (huge.status_code, listed) == (413, [400, 422, 422, 422])
     assert (await bench.store.approvals.get(approval_id=approval_id)).status == "PENDING"
-
-
-async def test_huge_body_is_refused(bench: Bench) -> None:
-    """Reading stops at the limit."""
-    alice = await bench.key("alice", role="approver")
-    approval_id, _ = await bench.ask()
-
-    answer = await bench.decide(approval_id, alice, decision="approve", note="x" * 100_000)
-
-    assert answer.status_code == 413
-
-
-@pytest.mark.parametrize(
-    ("params", "status"),
-    [({"cursor": "nonsense"}, 400), ({"limit": 0}, 422), ({"limit": 501}, 422), ({"status": "MAYBE"}, 422)],
-    ids=["cursor", "none", "many", "status"],
-)
-async def test_bad_question_is_refused(bench: Bench, params: dict[str, Any], status: int) -> None:
-    """A foreign cursor and a limit out of range are the asker's fault."""
-    alice = await bench.key("alice", role="approver")
-
-    answer = await bench.client.get("/approvals", headers=alice, params=params)
-
-    assert answer.status_code == status
 
 
 async def test_plugin_may_refuse_a_decision() -> None:
