@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,16 +43,14 @@ async def done() -> str:
 class TestGuard:
     """The core of the adapters."""
 
-    @pytest.mark.parametrize("nested", [False, True])
-    async def test_what_sanitize_changes_is_not_the_call(self, store: GatewayStore, nested: bool) -> None:
+    async def test_what_sanitize_changes_is_not_the_call(self, store: GatewayStore) -> None:
         """One that masks in place neither widens an approval nor reaches the tool."""
 
         def mask(call: ToolCall) -> dict[str, Any]:
-            place = call.arguments["to"] if nested else call.arguments
-            place["to"] = "***"
+            call.arguments["to"]["to"] = "***"
             return call.arguments
 
-        one, other = (pay({"to": name} if nested else name) for name in ("alice", "mallory"))
+        one, other = (pay({"to": name}) for name in ("alice", "mallory"))
         guard = CallGuard(store, judge, sanitize=mask)
         with pytest.raises(CallPendingError):
             await guard.run(one, CALLER, done)
@@ -65,18 +62,6 @@ class TestGuard:
         async with store.audit.call(other, CALLER, decision=Decision.ALLOW, sanitize=mask) as event:
             assert "mallory" in str(other.arguments)
         assert event.raw_args_hash == store.hash_args(other.arguments)
-
-    async def test_a_sanitize_that_fails_refuses_the_call(self, store: GatewayStore) -> None:
-        """Before anybody is asked, with an event, and without a word of what it was about."""
-
-        def broken(call: ToolCall) -> dict[str, Any]:
-            raise KeyError(call.arguments["to"])
-
-        with pytest.raises(CallRefusedError, match="The gateway failed"):
-            await CallGuard(store, judge, sanitize=broken).run(pay("alice"), CALLER, done)
-        (event,) = await events(store)
-        assert (event.decision, event.sanitized_args) == ("DENY", {"to": "[hidden]"})
-        assert await store.approvals.list_requests() == []
 
     async def test_a_released_call_runs_once(self, store: GatewayStore) -> None:
         released = await CallGuard(store, judge).release(ToolCall(server="s", tool="free"), CALLER)
@@ -134,33 +119,18 @@ class TestGuard:
         await approve(store)
         assert await CallGuard(store, judge).run(call, CALLER, done) == "done"
 
-    async def test_a_caller_that_goes_away_while_it_waits_leaves_an_event(self, store: GatewayStore) -> None:
-        """Otherwise nothing would say that a human was asked."""
-        waiting = asyncio.create_task(CallGuard(store, judge, approval_wait_s=60).run(pay("alice"), CALLER, done))
-        while not await store.approvals.list_requests("PENDING"):
-            await asyncio.sleep(0.01)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        (event,) = await events(store)
-        assert (event.decision, event.execution_status) == ("APPROVAL_REQUIRED", None)
-        assert "went away" in event.deterministic_rationale
 
-
-@pytest.mark.parametrize(
-    ("make", "status"),
-    [
-        (lambda: ExceptionGroup("one", [TimeoutError()]), "TIMEOUT"),
-        (lambda: in_a_circle(ValueError("x"), KeyError("y")), "TOOL_ERROR"),
-        (lambda: in_a_circle(ValueError("x"), TimeoutError("y")), "TIMEOUT"),
-    ],
-)
-async def test_the_status_of_an_error_is_found_among_its_causes(store: GatewayStore, make: Any, status: str) -> None:
+async def test_the_status_of_an_error_is_found_among_its_causes(store: GatewayStore) -> None:
     """Also where these lead in a circle, which Python allows."""
-    with pytest.raises((ValueError, ExceptionGroup)):
-        async with store.audit.call(pay("alice"), CALLER, decision=Decision.ALLOW):
-            raise make()
-    assert [each.execution_status for each in await events(store)] == [status]
+    for error in (
+        ExceptionGroup("one", [TimeoutError()]),
+        in_a_circle(ValueError("x"), KeyError("y")),
+        in_a_circle(ValueError("x"), TimeoutError("y")),
+    ):
+        with pytest.raises((ValueError, ExceptionGroup)):
+            async with store.audit.call(pay("alice"), CALLER, decision=Decision.ALLOW):
+                raise error
+    assert [each.execution_status for each in await events(store)] == ["TIMEOUT", "TOOL_ERROR", "TIMEOUT"]
 
 
 def in_a_circle(first: BaseException, second: BaseException) -> BaseException:

@@ -89,6 +89,7 @@ class TestOpenAIAgents:
     def gateway(store: GatewayStore) -> for_openai.GatewayTools:
         return for_openai.GatewayTools(CallGuard(store, judge), lambda _: CALLER)
 
+    @pytest.mark.system
     async def test_what_an_mcp_server_answers_as_an_error_is_recorded_as_one(
         self, store: GatewayStore, tmp_path: Path
     ) -> None:
@@ -114,6 +115,7 @@ class TestOpenAIAgents:
                 assert (item.output["text"], item.custom_data) == (said, {"seen": name})
         assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR", "SUCCESS"]
 
+    @pytest.mark.system
     async def test_the_tools_of_an_mcp_server_that_is_not_given_never_succeed(
         self, store: GatewayStore, tmp_path: Path
     ) -> None:
@@ -144,19 +146,18 @@ class TestOpenAIAgents:
             await run(call_once(tools, "free_delete"))
         assert [each.execution_status for each in await events(store)] == ["TOOL_ERROR"]
 
-    @pytest.mark.parametrize(("retries", "is_taken"), [(0, True), (None, True), (2, False), (-1, False)])
-    async def test_an_mcp_server_that_calls_again_what_fails_is_refused(
-        self, store: GatewayStore, retries: int | None, is_taken: bool
-    ) -> None:
+    async def test_an_mcp_server_that_calls_again_what_fails_is_refused(self, store: GatewayStore) -> None:
         """It does so below the gateway, with one approval; -1 is without end, and some servers have no such setting."""
         url = "https://user:secret@mcp.example/files"
-        server: Any = MCPServerStreamableHttp({"url": url}, name=url, max_retry_attempts=retries or 0)
-        if retries is None:
-            del server.max_retry_attempts
-        with nullcontext() if is_taken else pytest.raises(ValueError, match="make it with max_retry_attempts=0") as no:
-            self.gateway(store).wrap(mcp_servers=[server])
-        assert (server.custom_data_extractor is not None) == is_taken
-        assert "secret" not in str(no)
+        for retries in (0, None, 2, -1):
+            server: Any = MCPServerStreamableHttp({"url": url}, name=url, max_retry_attempts=retries or 0)
+            if retries is None:
+                del server.max_retry_attempts
+            refused = pytest.raises(ValueError, match="make it with max_retry_attempts=0") if retries else nullcontext()
+            with refused as no:
+                self.gateway(store).wrap(mcp_servers=[server])
+            assert (server.custom_data_extractor is None) == bool(retries)
+            assert "secret" not in str(no)
 
     async def test_a_tool_that_is_refused_leaves_no_name(self, store: GatewayStore) -> None:
         """Of tools that are wrapped together, none is known if one is refused."""
@@ -175,8 +176,9 @@ class TestOpenAIAgents:
 
         assert len(gateway.wrap(another)) == 1
 
-    @pytest.mark.parametrize("name", ["free_delete", "delete"])
-    @pytest.mark.parametrize("ending", ["reject_content", "raise_exception", "error"])
+    @pytest.mark.parametrize(
+        ("name", "ending"), [("free_delete", "error"), ("delete", "reject_content"), ("delete", "raise_exception")]
+    )
     async def test_a_call_that_a_guardrail_stops_after_its_release_leaves_an_event(
         self, store: GatewayStore, name: str, ending: str
     ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from agent_gateway_store import (
     ApprovalStatus,
     AuditEvent,
     CallerIdentity,
-    Decision,
     GatewayStore,
     StoreSettings,
     ToolCall,
@@ -58,35 +56,33 @@ async def test_denied_call_does_not_run(bench: Bench) -> None:
     assert event.deterministic_rationale == refusal
 
 
-@pytest.mark.parametrize(
-    ("tool", "arguments", "status"),
-    [
+async def test_failed_call_is_recorded(bench: Bench) -> None:
+    """What FastMCP says of a failure is passed on; the event tells the kind."""
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("read_badly", {}, "TOOL_ERROR"),
         ("read_slowly", {}, "TIMEOUT"),
         ("read_file", {"paths": 7}, "TOOL_ERROR"),
-    ],
-)
-async def test_failed_call_is_recorded(bench: Bench, tool: str, arguments: dict[str, Any], status: str) -> None:
-    """What FastMCP says of a failure is passed on; the event tells the kind."""
-    await bench.refusal(bench.server(), tool, **arguments)
-    event = await bench.event()
-
-    assert (event.decision, event.execution_status, event.output_hash) == ("ALLOW", status, None)
-
-
-async def test_unknown_tool_is_recorded_as_not_run(bench: Bench) -> None:
-    """A name that no tool has leaves an event, too."""
+    ]
+    for tool, arguments, status in cases:
+        await bench.refusal(bench.server(), tool, **arguments)
+        event = (await bench.store.audit.list_recent())[0]
+        assert (event.decision, event.execution_status, event.output_hash) == ("ALLOW", status, None)
     await bench.refusal(bench.server(), "no_such_tool")
-    event = await bench.event()
-
+    event = (await bench.store.audit.list_recent())[0]
     assert (event.decision, event.execution_status, event.tool_name) == ("DENY", None, "no_such_tool")
 
 
 async def test_approved_call_runs_once(bench: Bench) -> None:
-    """The approver sees the sanitised call; the approval is used, with its outcome; the event names who approved."""
-    server = bench.server(sanitize=lambda call: {"path": call.arguments["path"]})
+    """Two approvers see the sanitised call; the approval is used, with its outcome; the event names who approved."""
+
+    async def two(caller: CallerIdentity, call: ToolCall) -> Verdict:
+        return judge(caller, call).model_copy(update={"required_approvals": 2})
+
+    server = bench.server(two, sanitize=lambda call: {"path": call.arguments["path"]})
     waiting = asyncio.create_task(bench.call(server, "delete_file", path="a.txt", password=SECRET))
     asked = await bench.pending()
+    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="bob")
+    assert (await bench.store.approvals.get(approval_id=asked.approval_id)).status == "PENDING"
     assert bench.ran == []
     await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
     result = await waiting
@@ -158,9 +154,14 @@ async def test_expired_approval_was_decided_by_nobody(bench: Bench) -> None:
     assert (event.decision, event.approver_id, event.execution_status) == ("APPROVAL_REQUIRED", None, None)
 
 
-@pytest.mark.parametrize("tool", ["read_forever", "delete_forever"])
-@pytest.mark.parametrize("way", ["calm", "failing"])
-@pytest.mark.parametrize("end", ["request", "client"])
+@pytest.mark.parametrize(
+    ("tool", "way", "end"),
+    [
+        ("read_forever", "calm", "client"),
+        ("read_forever", "failing", "request"),
+        ("delete_forever", "calm", "client"),
+    ],
+)
 async def test_call_that_is_cancelled_while_its_tool_runs_is_no_error(
     bench: Bench, tool: str, way: str, end: str
 ) -> None:
@@ -223,30 +224,12 @@ async def test_released_calls_can_be_counted(bench: Bench) -> None:
     }
 
 
-async def test_several_approvers_may_be_asked_for(bench: Bench) -> None:
-    """The call runs once as many have approved as the policy wants."""
-
-    async def two(_caller: CallerIdentity, _call: ToolCall) -> Verdict:
-        return Verdict(decision=Decision.APPROVAL_REQUIRED, rule="two", reason="Two must agree.", required_approvals=2)
-
-    waiting = asyncio.create_task(bench.call(bench.server(two), "delete_file", path="a.txt"))
-    asked = await bench.pending()
-    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
-    assert (await bench.store.approvals.get(approval_id=asked.approval_id)).status == "PENDING"
-    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="bob")
-    await waiting
-
-    assert bench.ran == ["a.txt"]
-
-
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_server_is_named_for_each_call(bench: Bench, is_async: bool) -> None:
+async def test_server_is_named_for_each_call(bench: Bench) -> None:
     """By a callback, as it is judged, shown to approvers and recorded; also where the caller is not known."""
     judged: list[str] = []
 
     def name(context: MiddlewareContext[Any]) -> Any:
-        found = f"tenant-{context.message.arguments['path']}"
-        return asyncio.sleep(0, found) if is_async else found
+        return asyncio.sleep(0, f"tenant-{context.message.arguments['path']}")
 
     def policy(caller: CallerIdentity, call: ToolCall) -> Verdict:
         judged.append(call.server)
@@ -281,42 +264,14 @@ async def test_error_of_a_call_that_a_tool_makes_is_an_error_of_the_tool(bench: 
     assert (inner.decision, inner.execution_status) == ("DENY", None)
 
 
-@pytest.mark.parametrize("org_id", ["default", ""])
-async def test_a_call_that_ran_is_recorded_whatever_its_caller_is_said_to_be(bench: Bench, org_id: str) -> None:
+async def test_a_call_that_ran_is_recorded_whatever_its_caller_is_said_to_be(bench: Bench) -> None:
     """An identity of the host's own has no key, and may name no organisation."""
-    alice = CALLER.model_copy(update={"caller_id": "alice", "org_id": org_id, "key_id": None, "api_key_id": None})
+    alice = CALLER.model_copy(update={"caller_id": "alice", "org_id": "", "key_id": None, "api_key_id": None})
     await bench.call(bench.server(identify=lambda _context: alice), "read_file", path="a.txt")
     event = await bench.event()
 
-    assert (event.caller_id, event.key_id, event.org_id) == ("alice", None, org_id)
+    assert (event.caller_id, event.key_id, event.org_id) == ("alice", None, "")
     assert (event.execution_status, bench.ran) == ("SUCCESS", ["a.txt"])
-
-
-async def test_many_calls_at_once_leave_one_event_each(bench: Bench) -> None:
-    """Allowed, denied and approved ones by one client."""
-    async with Client(bench.server()) as client:
-
-        async def call(tool: str, **arguments: str) -> None:
-            try:
-                await client.call_tool(tool, arguments)
-            except ToolError:
-                assert tool == "format_disk"
-
-        calls = [asyncio.create_task(call("delete_file", path=f"{number}")) for number in range(5)]
-        calls += [asyncio.create_task(call("read_file", path="a.txt")) for _ in range(20)]
-        calls += [asyncio.create_task(call("format_disk")) for _ in range(5)]
-        for _ in range(5):
-            asked = await bench.pending()
-            await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
-        await asyncio.gather(*calls)
-    counted = Counter((str(event.decision), event.tool_name) for event in await bench.store.audit.list_recent())
-
-    assert counted == {
-        ("APPROVAL_REQUIRED", "delete_file"): 5,
-        ("ALLOW", "read_file"): 20,
-        ("DENY", "format_disk"): 5,
-    }
-    assert sorted(bench.ran) == [*map(str, range(5)), *["a.txt"] * 20]
 
 
 async def test_no_raw_argument_is_stored(bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import fastmcp_helpers
@@ -26,44 +24,31 @@ from agent_gateway_store.integrations.fastmcp import Verdict
 bench = fastmcp_helpers.bench
 
 
-@pytest.fixture(params=["memory", "http"])
-def by(request: pytest.FixtureRequest) -> Any:
-    """Opens a client in memory, and one over HTTP."""
-
-    @asynccontextmanager
-    async def client(server: FastMCP[Any], **options: Any) -> AsyncIterator[Client[Any]]:
-        if request.param == "memory":
-            async with Client(server, **options) as opened:
-                yield opened
-        else:
-            async with serving(server) as url, Client(url, **options) as opened:
-                yield opened
-
-    return client
-
-
-async def test_version_that_the_caller_chooses_is_judged(bench: Bench, by: Any) -> None:
+async def test_version_that_the_caller_chooses_is_judged(bench: Bench) -> None:
     """A policy that denies version 1 denies it however it is asked for."""
     server = bench.server(denies_old)
     versioned(bench, server)
-    async with by(server) as client:
+    async with serving(server) as url, Client(url) as client:
         await client.call_tool("read_log", {"path": "a"})
+        with pytest.raises(ToolError, match="Unknown tool"):
+            await client.call_tool("read_log", {"path": "a"}, version="7")
         for version in ("1", "v1", "1.0"):
             with pytest.raises(ToolError, match="Version 1 is out of use"):
                 await client.call_tool("read_log", {"path": "a"}, version=version)
-    *denied, allowed = await bench.store.audit.list_recent()
+    *denied, unknown, allowed = await bench.store.audit.list_recent()
 
     assert bench.ran == ["2 a"]
     assert [event.decision for event in denied] == ["DENY"] * 3
+    assert (unknown.decision, unknown.matched_policy_rule) == ("DENY", "gateway.unknown_tool")
     assert allowed.raw_args_hash == AuditEvent.hash_args({"path": "a", "@version": "2"})
     assert allowed.sanitized_args == {"path": "[hidden]", "@version": "2"}
 
 
-async def test_approvers_see_the_version_that_runs(bench: Bench, by: Any) -> None:
+async def test_approvers_see_the_version_that_runs(bench: Bench) -> None:
     """Also where the host's sanitiser drops what it does not know."""
     server = bench.server(sanitize=lambda call: {"path": call.arguments["path"]})
     versioned(bench, server, "delete_log")
-    async with by(server) as client:
+    async with Client(server) as client:
         waiting = asyncio.create_task(client.call_tool("delete_log", {"path": "a"}, version="1"))
         asked = await bench.pending()
         await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
@@ -73,29 +58,16 @@ async def test_approvers_see_the_version_that_runs(bench: Bench, by: Any) -> Non
     assert bench.ran == ["1 a"]
 
 
-async def test_version_that_does_not_exist_runs_nothing(bench: Bench) -> None:
-    """It is recorded as an unknown tool, not judged as another version."""
-    server = bench.server(denies_old)
-    versioned(bench, server)
-    async with Client(server) as client:
-        with pytest.raises(ToolError, match="Unknown tool"):
-            await client.call_tool("read_log", {"path": "a"}, version="7")
-    event = await bench.event()
-
-    assert (event.decision, event.matched_policy_rule, bench.ran) == ("DENY", "gateway.unknown_tool", [])
-
-
-@pytest.mark.parametrize("name", ["@version", "@input_responses", "@request_state"])
-async def test_argument_that_looks_like_a_version_is_refused(bench: Bench, name: str) -> None:
+async def test_argument_that_looks_like_a_version_is_refused(bench: Bench) -> None:
     """So no plain call has the hash of a call with a version or with answers."""
-    refusal = await bench.refusal(bench.server(), "read_file", path="a.txt", **{name: "1"})
-    event = await bench.event()
+    for name in ("@version", "@input_responses", "@request_state"):
+        refusal = await bench.refusal(bench.server(), "read_file", path="a.txt", **{name: "1"})
+        assert refusal.endswith("belong to the gateway: call without them.")
+    events = await bench.store.audit.list_recent()
+    assert ([(event.decision, event.execution_status) for event in events], bench.ran) == ([("DENY", None)] * 3, [])
 
-    assert refusal.endswith("belong to the gateway: call without them.")
-    assert (event.decision, event.execution_status, bench.ran) == ("DENY", None, [])
 
-
-async def test_mounted_tool_is_judged_by_its_own_server_and_name(bench: Bench, by: Any) -> None:
+async def test_mounted_tool_is_judged_by_its_own_server_and_name(bench: Bench) -> None:
     """A namespace does not hide a tool from the policy."""
     server: FastMCP[Any] = FastMCP("front", middleware=list(bench.server().middleware))
     child = bench.server()
@@ -103,7 +75,7 @@ async def test_mounted_tool_is_judged_by_its_own_server_and_name(bench: Bench, b
     middle: FastMCP[Any] = FastMCP("middle")
     middle.mount(child, namespace="in")
     server.mount(middle, namespace="out", tool_names={"in_format_disk": "tidy_up"})
-    async with by(server) as client:
+    async with Client(server) as client:
         for name in ("tidy_up", "out_tidy_up", "out_in_format_disk"):
             with pytest.raises(ToolError):
                 await client.call_tool(name, {})
@@ -147,7 +119,7 @@ async def test_two_mounted_servers_of_one_name_are_refused(bench: Bench) -> None
     assert (event.decision, bench.ran) == ("DENY", [])
 
 
-async def test_hashed_alias_is_judged_by_the_name_of_the_tool(bench: Bench, by: Any) -> None:
+async def test_hashed_alias_is_judged_by_the_name_of_the_tool(bench: Bench) -> None:
     """Also where the app is mounted."""
     app: FastMCPApp = FastMCPApp("desk")
 
@@ -159,7 +131,7 @@ async def test_hashed_alias_is_judged_by_the_name_of_the_tool(bench: Bench, by: 
     child: FastMCP[Any] = FastMCP("apps", providers=[app])
     server: FastMCP[Any] = FastMCP("front", middleware=list(bench.server().middleware))
     server.mount(child, namespace="x")
-    async with by(server) as client:
+    async with Client(server) as client:
         for name in (hashed_backend_name("desk", "format_disk"), "x_format_disk"):
             with pytest.raises(ToolError, match="Disks are out of bounds"):
                 await client.call_tool(name, {})
@@ -170,7 +142,7 @@ async def test_hashed_alias_is_judged_by_the_name_of_the_tool(bench: Bench, by: 
 
 
 async def test_namespace_of_a_provider_is_no_part_of_the_name(bench: Bench) -> None:
-    """One provider under two names, and a server whose own tools are renamed."""
+    """One provider under two names, and servers whose own tools are renamed."""
     server = bench.server()
     local = LocalProvider()
     local.add_tool(Tool.from_function(lambda: bench.ran.append("disk"), name="format_disk"))
@@ -178,14 +150,17 @@ async def test_namespace_of_a_provider_is_no_part_of_the_name(bench: Bench) -> N
     other.add_provider(local, namespace="a")
     other.add_provider(local, namespace="b")
     server.add_transform(Namespace("ns"))
+    renamed = bench.server()
+    renamed.add_transform(ToolTransform({"format_disk": ToolTransformConfig(name="tidy")}))
     refusals = [
         await bench.refusal(other, "a_format_disk"),
         await bench.refusal(other, "b_format_disk"),
         await bench.refusal(server, "ns_format_disk"),
+        await bench.refusal(renamed, "tidy"),
     ]
     events = await bench.store.audit.list_recent()
 
-    assert refusals == ["Disks are out of bounds."] * 3
+    assert refusals == ["Disks are out of bounds."] * 4
     assert {event.tool_name for event in events} == {"format_disk"}
     assert bench.ran == []
 
@@ -227,20 +202,11 @@ async def test_transform_is_the_same_call_as_the_tool_below(bench: Bench) -> Non
     assert refusal.startswith("The tool does not take one of the arguments")
 
 
-async def test_renamed_tool_is_denied_as_the_tool_below(bench: Bench) -> None:
-    """By the transform of a server."""
-    server = bench.server()
-    server.add_transform(ToolTransform({"format_disk": ToolTransformConfig(name="tidy")}))
-    refusal = await bench.refusal(server, "tidy")
-
-    assert (refusal, bench.ran) == ("Disks are out of bounds.", [])
-
-
-async def test_tool_that_calls_tools_by_name_is_no_way_around(bench: Bench, by: Any) -> None:
+async def test_tool_that_calls_tools_by_name_is_no_way_around(bench: Bench) -> None:
     """What the search transform calls is judged by itself."""
     server = bench.server()
     server.add_transform(RegexSearchTransform())
-    async with by(server) as client:
+    async with Client(server) as client:
         with pytest.raises(ToolError, match="Disks are out of bounds"):
             await client.call_tool("call_tool", {"name": "format_disk", "arguments": {}})
         await client.call_tool("call_tool", {"name": "read_file", "arguments": {"path": "a.txt"}})
@@ -289,7 +255,7 @@ def asking(bench: Bench, server: FastMCP[Any]) -> None:
         return "deleted"
 
 
-async def test_answers_of_the_client_are_judged_and_hashed(bench: Bench, by: Any) -> None:
+async def test_answers_of_the_client_are_judged_and_hashed(bench: Bench) -> None:
     """Each round is a call of its own, and the answer is part of the second; approvers see that there is one."""
     seen: list[dict[str, Any]] = []
 
@@ -303,7 +269,7 @@ async def test_answers_of_the_client_are_judged_and_hashed(bench: Bench, by: Any
     async def answer(*_: Any) -> dict[str, str]:
         return {"path": SECRET}
 
-    async with by(server, elicitation_handler=answer) as client:
+    async with Client(server, elicitation_handler=answer) as client:
         waiting = asyncio.create_task(client.call_tool("delete_asked", {}))
         asked = []
         for _ in range(2):

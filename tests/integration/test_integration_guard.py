@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,7 +101,7 @@ async def test_what_a_human_approves_runs_once(bench: Bench) -> None:
 
 
 async def test_refused_calls_do_not_run(bench: Bench) -> None:
-    """Denied by the policy, by a human, by a policy that fails, by one that returns something else."""
+    """Denied by the policy, by a human; or a callback fails or returns something else."""
     with pytest.raises(CallRefusedError, match="format reason"):
         await bench.run(ToolCall(server="files", tool="format"))
     with pytest.raises(CallPendingError):
@@ -113,12 +113,15 @@ async def test_refused_calls_do_not_run(bench: Bench) -> None:
     async def broken(_caller: CallerIdentity, call: ToolCall) -> Verdict:
         raise ValueError(call.arguments["path"])
 
-    policies: list[Callable[..., Any]] = [broken, lambda *_: True]
-    for policy in policies:
+    def unseen(call: ToolCall) -> dict[str, Any]:
+        raise KeyError(call.arguments["path"])
+
+    guards = [bench.guard(broken), bench.guard(lambda *_: True), bench.guard(sanitize=unseen)]
+    for guard in guards:
         with pytest.raises(CallRefusedError, match="The gateway failed"):
-            await bench.run(READ, bench.guard(policy))
+            await bench.run(READ, guard)
     events = await bench.events()
-    assert [str(each.decision) for each in events] == ["DENY", "APPROVAL_REQUIRED", "DENY", "DENY", "DENY"]
+    assert [str(each.decision) for each in events] == ["DENY", "APPROVAL_REQUIRED", *["DENY"] * 4]
     assert {each.execution_status for each in events} == {None}
     assert events[2].approver_id == "alice"
     assert bench.ran == []
