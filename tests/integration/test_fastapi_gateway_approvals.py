@@ -8,7 +8,7 @@ from uuid import uuid4
 import gateway_process
 from gateway_process import SECRET, Agent, Bench
 
-from agent_gateway_store import ApprovalRequest, ApprovalScope, ToolCall, TrustLevel
+from agent_gateway_store import TrustLevel
 
 site, logs, bench = gateway_process.site, gateway_process.logs, gateway_process.bench
 
@@ -88,45 +88,6 @@ async def test_token_is_bound_to_caller_and_arguments(bench: Bench) -> None:
     assert [answer.json()["error"] for answer in refused] == [*["approval_mismatch"] * 3, "approval_not_found"]
     assert (bench.site.sandbox / "other.txt").exists()
     assert done.status_code == 200
-
-
-async def test_approval_of_an_output_runs_no_call(bench: Bench) -> None:
-    """A token for the output of this very call does not run it, and stays good for the output."""
-    name = f"{uuid4().hex}.txt"
-    (bench.site.sandbox / name).write_text("x")
-    request = ApprovalRequest(
-        request_id=uuid4().hex,
-        caller_id=bench.agent.caller_id,
-        tool_call=ToolCall(server="files", tool="delete_file", arguments={"path": name}),
-        risk_explanation="hands out what was in the file",
-        scope=ApprovalScope.OUTPUT_RELEASE,
-        output_payload="x",
-    )
-    token = await bench.store.approvals.issue_token(request)
-    await bench.store.approvals.approve(token, "approver-1")
-    refused = await bench.agent.call("delete_file", {"path": name}, token=token)
-
-    assert (refused.status_code, refused.json()["error"]) == (403, "approval_mismatch")
-    assert "is for the scope OUTPUT_RELEASE, not for EXECUTION" in refused.json()["detail"]
-    assert (bench.site.sandbox / name).exists()
-    assert await bench.store.approvals.release_output(token, caller_id=bench.agent.caller_id) == "x"
-
-
-async def test_approved_call_that_fails_is_used_up(bench: Bench) -> None:
-    """The file vanished before the call ran: the token is spent, and the outcome says so."""
-    name = f"{uuid4().hex}.txt"
-    asked = await _ask(bench, name)
-    await bench.approver.decide(asked["approval_id"], "approve")
-    (bench.site.sandbox / name).unlink()
-
-    done = await bench.agent.call("delete_file", {"path": name}, token=asked["token"])
-    event = await bench.last_event()
-    stored = await bench.store.approvals.get(approval_id=asked["approval_id"])
-
-    assert (done.status_code, done.json()["error"]) == (422, "tool_failed")
-    assert (event.decision, event.execution_status) == ("APPROVAL_REQUIRED", "TOOL_ERROR")
-    assert event.approver_id == bench.approver.caller_id
-    assert (stored.status, stored.outcome) == ("USED", "TOOL_ERROR")
 
 
 async def test_caller_follows_its_approval(bench: Bench) -> None:

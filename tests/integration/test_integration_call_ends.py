@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from agents import (
 from agents.mcp import MCPServerStdio, MCPServerStreamableHttp, MCPToolCustomDataContext, MCPUtil
 from agents.run_config import ToolExecutionConfig
 from agents.testing import ScriptedModel, assistant_message, function_call
-from cachetools import TTLCache
 from guard_helpers import CALLER, approve, events, judge
 from pydantic_ai import Agent, ApprovalRequired, CallDeferred, DeferredToolRequests, FunctionToolset
 from pydantic_ai.messages import ModelResponse, ToolCallPart
@@ -239,29 +237,6 @@ class TestOpenAIAgents:
 
         assert [each.decision for each in await events(store)] == ["APPROVAL_REQUIRED"]
         assert len(await store.approvals.list_requests("PENDING")) == 1
-
-    async def test_a_call_that_nothing_runs_after_its_release_leaves_an_event(
-        self, store: GatewayStore, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """When the gateway gives it up; a run that was answered, and never begun, is one."""
-        now = 0.0
-        monkeypatch.setattr(for_openai, "TTLCache", partial(TTLCache, timer=lambda: now))
-
-        @function_tool
-        async def delete(path: str) -> str:
-            return path
-
-        gateway = self.gateway(store)
-        agent = call_once(gateway.wrap(delete), "delete")
-        state = (await run(agent)).to_state()
-        (asked,) = await approve(store)
-        assert await gateway.answer(state)
-        now = 61.0
-        assert not await gateway.answer(state)
-
-        (dropped,) = [each for each in await events(store) if each.decision == "DENY"]
-        assert "not run: nothing called it within 60 seconds" in dropped.deterministic_rationale
-        assert (await store.approvals.get(approval_id=asked.approval_id)).outcome == "NOT_RUN"
 
     @pytest.mark.parametrize(
         ("options", "said"),

@@ -82,18 +82,6 @@ async def test_a_pending_call_says_so_and_runs_once_it_is_approved(bench: Bench)
     assert (ran_event.approval_id, ran_event.approver_id) == (request.approval_id, "alice")
 
 
-async def test_a_denied_call_is_refused_each_time(bench: Bench) -> None:
-    """With who denied it and why, and an event for each refusal."""
-    await ask(bench)
-    await decide(bench, "deny")
-    for _ in range(2):
-        refused = await ask(bench)
-        assert refused.is_error
-        assert "DENIED by alice" in refused.content[0].text  # type: ignore[union-attr]
-    assert [(each.decision, each.approver_id) for each in await events(bench)][1:] == [("DENY", "alice")] * 2
-    assert not await bench.store.approvals.list_requests("PENDING")
-
-
 @pytest.mark.parametrize(("on_pending", "end"), [("wait", "revoke"), ("return", "another role")])
 async def test_a_key_that_ends_while_its_call_waits_runs_nothing(bench: Bench, on_pending: str, end: str) -> None:
     """The approval is asked for in the name of the key; whoever has it no longer gets nothing by it."""

@@ -13,30 +13,13 @@ from fastmcp.server.middleware.error_handling import RetryMiddleware
 from fastmcp.tools import Tool, ToolResult
 from fastmcp.tools.tool_transform import ArgTransform
 from fastmcp.utilities.versions import VersionSpec
-from fastmcp_helpers import Bench, judge, versioned
+from fastmcp_helpers import Bench, judge
 from mcp_types import CallToolRequestParams
 
-from agent_gateway_store import AuditEvent, CallerIdentity, ToolCall
+from agent_gateway_store import CallerIdentity, ToolCall
 from agent_gateway_store.integrations.fastmcp import Verdict
 
 bench = fastmcp_helpers.bench
-
-
-async def test_version_added_while_the_call_waits_does_not_run(bench: Bench) -> None:
-    """The approval was for the version that was the highest when it was asked for."""
-    server = bench.server()
-    versioned(bench, server, "delete_log")
-    waiting = asyncio.create_task(bench.refusal(server, "delete_log", path="a"))
-    asked = await bench.pending()
-    server.add_tool(Tool.from_function(lambda path: bench.ran.append("3"), name="delete_log", version="3"))
-    await bench.store.approvals.approve(approval_id=asked.approval_id, approver_id="alice")
-    refusal = await waiting
-    event = await bench.event()
-    stored = await bench.store.approvals.get(approval_id=asked.approval_id)
-
-    assert refusal == "The tool changed while the call waited, so it was not run: call again."
-    assert (event.decision, event.execution_status, event.matched_policy_rule) == ("DENY", None, "deletes")
-    assert (stored.status, bench.ran) == ("CANCELLED", [])
 
 
 @pytest.mark.parametrize("mounted", [False, True])
@@ -166,20 +149,6 @@ async def test_call_renamed_by_a_middleware_behind_is_not_run(bench: Bench, moun
 
     assert refusal.startswith("Another middleware changed the call")
     assert (event.decision, event.execution_status, bench.ran) == ("DENY", None, [])
-
-
-async def test_mutated_arguments_are_recorded_as_they_were_judged(bench: Bench) -> None:
-    """A tool may do with its arguments as it likes."""
-    server = bench.server()
-
-    @server.tool
-    async def read_all(options: Any) -> str:
-        options.clear()
-        return "done"
-
-    await bench.call(server, "read_all", options={"path": "a.txt"})
-
-    assert (await bench.event()).raw_args_hash == AuditEvent.hash_args({"options": {"path": "a.txt"}})
 
 
 async def test_arguments_changed_while_the_call_waits_do_not_run(bench: Bench) -> None:

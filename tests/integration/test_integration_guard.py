@@ -18,7 +18,6 @@ from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool as langchain_tool
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.types import Interrupt
 from pydantic_ai import Agent, DeferredToolRequests, FunctionToolset
 from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
@@ -193,19 +192,18 @@ def pydantic_agent(bench: Bench, name: str) -> Agent[None, Any]:
 class TestPydanticAi:
     """A run that ended pending is resumed from its message history, by an agent that was built anew."""
 
-    @pytest.mark.parametrize(("verb", "said"), [("approve", "a.txt is deleted"), ("deny", "DENIED by alice")])
-    async def test_a_run_is_resumed_after_the_decision(self, bench: Bench, verb: str, said: str) -> None:
+    async def test_a_run_is_resumed_after_a_denial(self, bench: Bench) -> None:
         ended = await pydantic_agent(bench, "delete_file").run("delete a.txt")
         assert isinstance(ended.output, DeferredToolRequests)
         assert await for_pydantic_ai.results_of(bench.store, ended.output) is None
         kept = ModelMessagesTypeAdapter.dump_json(ended.all_messages()), pickle.dumps(ended.output)
-        await bench.decide(verb)
+        await bench.decide("deny")
 
         history, requests = ModelMessagesTypeAdapter.validate_json(kept[0]), pickle.loads(kept[1])
         results = await for_pydantic_ai.results_of(bench.store, requests)
         resumed = await pydantic_agent(bench, "delete_file").run(message_history=history, deferred_tool_results=results)
-        assert said in resumed.output
-        assert bench.ran == (["a.txt"] if verb == "approve" else [])
+        assert "DENIED by alice" in resumed.output
+        assert bench.ran == []
 
     async def test_an_answer_that_nobody_gave_releases_nothing(self, bench: Bench) -> None:
         """The host says that all is approved; no human has."""
@@ -215,10 +213,6 @@ class TestPydanticAi:
         )
         assert isinstance(again.output, DeferredToolRequests)
         assert bench.ran == []
-
-    async def test_a_denied_call_is_told_to_the_model(self, bench: Bench) -> None:
-        ended = await pydantic_agent(bench, "format_disk").run("format it")
-        assert "format_disk reason" in ended.output
 
 
 def langchain_agent(bench: Bench, saver: InMemorySaver, name: str = "delete_file", **options: Any) -> Any:
@@ -262,17 +256,6 @@ class TestLangChain:
         (found,) = [each for each in state["messages"] if isinstance(each, ToolMessage)]
         return found
 
-    @pytest.mark.parametrize(("verb", "said"), [("approve", "a.txt is deleted"), ("deny", "DENIED by alice")])
-    async def test_a_graph_goes_on_after_the_decision(self, bench: Bench, verb: str, said: str) -> None:
-        saver = InMemorySaver()
-        state = await langchain_agent(bench, saver).ainvoke(self.question, self.config)
-        assert await for_langchain.resume(bench.store, state) is None
-        await bench.decide(verb)
-        command = await for_langchain.resume(bench.store, state)
-        state = await langchain_agent(bench, saver).ainvoke(command, self.config)
-        assert said in self.answer(state).content
-        assert bench.ran == (["a.txt"] if verb == "approve" else [])
-
     async def test_resumed_too_early_it_is_interrupted_again(self, bench: Bench) -> None:
         """A command that nobody's decision stands behind releases nothing."""
         saver = InMemorySaver()
@@ -289,28 +272,6 @@ class TestLangChain:
         assert "call again with the same arguments" in self.answer(state).content
         assert self.answer(state).status == "error"
 
-    async def test_a_denied_call_is_told_to_the_model(self, bench: Bench) -> None:
-        state = await langchain_agent(bench, InMemorySaver(), "format_disk").ainvoke(self.question, self.config)
-        assert self.answer(state).content == "format_disk reason"
-
-    async def test_a_call_whose_text_is_the_same_is_not_released(self, bench: Bench) -> None:
-        """The human approved the text of the bytes' repr; the bytes themselves are another argument."""
-        gateway = for_langchain.GatewayMiddleware(bench.guard(), lambda _: CALLER, server="files", on_pending="return")
-        action = {"name": "delete_file", "args": {"path": "b'a.txt'"}}
-        state = {"__interrupt__": [Interrupt(value={"action_requests": [action]}, id="i-1")]}
-        assert await gateway.answer(state, CALLER) is None
-        await bench.decide("approve")
-        assert await gateway.answer(state, CALLER) is not None
-
-        async def delete() -> str:
-            bench.ran.append("deleted")
-            return "done"
-
-        with pytest.raises(CallPendingError):
-            await gateway.run("delete_file", {"path": b"a.txt"}, CALLER, delete)
-        assert bench.ran == []
-        assert await gateway.run("delete_file", action["args"], CALLER, delete) == "done"
-
     def test_another_word_is_refused(self, bench: Bench) -> None:
         with pytest.raises(ValueError, match='"interrupt" or "return"'):
             for_langchain.GatewayMiddleware(bench.guard(), lambda _: CALLER, on_pending="later")  # type: ignore[arg-type]
@@ -321,7 +282,6 @@ class OpenAIRun:
 
     def __init__(self, bench: Bench, *names: str) -> None:
         self.bench, self.names = bench, names
-        self.arguments: str | None = None
 
     def agent(self, *, is_resumed: bool = False) -> OpenAIAgent[None]:
         bench = self.bench
@@ -340,10 +300,7 @@ class OpenAIRun:
             raise ConnectionError("secret.txt")
 
         self.tools = tools = for_openai.GatewayTools(bench.guard(), lambda _context: CALLER, server="files")
-        calls = [
-            function_call(name, self.arguments or {"path": f"{n}.txt"}, call_id=f"c-{n}")
-            for n, name in enumerate(self.names)
-        ]
+        calls = [function_call(name, {"path": f"{n}.txt"}, call_id=f"c-{n}") for n, name in enumerate(self.names)]
         steps: list[Any] = [[assistant_message("The end.")]]
         model = ScriptedModel(steps if is_resumed else [calls, *steps])
         return OpenAIAgent("files", model=model, tools=tools.wrap(delete_file, format_disk, read_file))
@@ -369,24 +326,6 @@ class OpenAIRun:
 class TestOpenAIAgents:
     """A run that was interrupted goes on from its serialised state, in an agent that was built anew."""
 
-    @pytest.mark.parametrize(("verb", "said"), [("approve", "0.txt is deleted"), ("deny", "DENIED by alice")])
-    async def test_a_run_goes_on_after_the_decision(self, bench: Bench, verb: str, said: str) -> None:
-        """Pending as often as it is resumed before; then one run or one refusal, with the approver's note."""
-        run = OpenAIRun(bench, "delete_file")
-        ended = await run.begin()
-        for _ in range(2):
-            assert [each.tool_name for each in ended.interruptions] == ["delete_file"]
-            ended = await run.go_on(ended, answered=False)
-        await bench.decide(verb)
-        ended = await run.go_on(ended, answered=True)
-
-        assert (ended.final_output, ended.interruptions) == ("The end.", [])
-        assert said in run.outputs(ended)[0]
-        assert bench.ran == (["0.txt"] if verb == "approve" else [])
-        asked, last = await bench.events()
-        assert (asked.execution_status, last.approver_id) == (None, "alice")
-        assert last.execution_status == ("SUCCESS" if verb == "approve" else None)
-
     async def test_what_the_host_approves_in_the_state_releases_nothing(self, bench: Bench) -> None:
         run = OpenAIRun(bench, "delete_file")
         ended = await run.go_on(await run.begin())
@@ -404,33 +343,8 @@ class TestOpenAIAgents:
         assert ended.final_output == "The end."
         assert sorted(bench.ran) == ["0.txt", "1.txt"]
 
-    async def test_a_denied_call_is_told_to_the_model(self, bench: Bench) -> None:
-        ended = await (run := OpenAIRun(bench, "format_disk")).begin()
-        assert run.outputs(ended) == ["format_disk reason"]
-        assert [event.decision for event in await bench.events()] == ["DENY"]
-
     async def test_a_tool_that_fails_is_recorded_as_that(self, bench: Bench) -> None:
         """The model reads what the SDK tells it of an error."""
         ended = await (run := OpenAIRun(bench, "read_file")).begin()
         assert "error occurred while running the tool" in run.outputs(ended)[0]
         assert [event.execution_status for event in await bench.events()] == ["TOOL_ERROR"]
-
-    async def test_arguments_that_cannot_be_read_are_told_to_the_model(self, bench: Bench) -> None:
-        """The SDK interrupts the run; nobody is asked, and the event says so."""
-        run = OpenAIRun(bench, "delete_file")
-        run.arguments = "[1"
-        ended = await run.go_on(await run.begin(), answered=True)
-        assert "not a JSON object" in run.outputs(ended)[0]
-        assert ([event.decision for event in await bench.events()], bench.ran) == (["DENY"], [])
-        assert not await bench.store.approvals.list_requests()
-
-    async def test_arguments_that_can_be_read_in_two_ways_are_not_run(self, bench: Bench) -> None:
-        """People are shown the last member of a name; the tool, which reads the same text, may take the first one."""
-        run = OpenAIRun(bench, "delete_file")
-        run.arguments = '{"path": "everything", "path": "0.txt"}'
-        ended = await run.begin()
-        if ended.interruptions:
-            await bench.decide("approve")
-            ended = await run.go_on(ended, answered=True)
-        assert "not a JSON object" in run.outputs(ended)[0]
-        assert bench.ran == []

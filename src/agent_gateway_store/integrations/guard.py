@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from agent_gateway_store._text import word
-from agent_gateway_store.approval import ApprovalManager, reports
+from agent_gateway_store.approval import reports
 from agent_gateway_store.approval.filters import criteria
 from agent_gateway_store.audit.calls import CallStart, argument_names, run_tool, wrong_fields
 from agent_gateway_store.encoding.canonical import types_in
@@ -73,6 +73,11 @@ class ReleasedCall:
     def __init__(self, asked: AskedCall, verdict: Verdict) -> None:
         self._asked, self._verdict, self._was_run = asked, verdict, False
         self._outcome: AuditEvent | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The copy of the arguments that was judged, for the tool."""
+        return self._asked.call.arguments
 
     @property
     def is_approved(self) -> bool:
@@ -315,16 +320,17 @@ class CallGuard:
         )
 
     async def _acquire(self, asked: AskedCall, request: ApprovalRequest, bind: str, *, wait_s: float) -> ApprovalResult:
-        request_id = request.request_id
+        request_id, approvals, bind = request.request_id, asked.store.approvals, bind + types_in(asked.call.arguments)
         try:
-            acquired = await acquire(asked.store.approvals, request, call=asked.call, bind=bind, wait_s=wait_s)
-        except CallPendingError as exc:
-            if exc.approval.is_new:
-                await asked.record(Decision.APPROVAL_REQUIRED, str(exc), request_id=request_id)
-            raise
+            acquired = await approvals.acquire(request, call=asked.call, bind=bind, wait_s=wait_s)
         except asyncio.CancelledError:
             await finish(asked.record(Decision.APPROVAL_REQUIRED, _GONE, request_id=request_id))
             raise
+        if acquired.status is ApprovalStatus.PENDING:
+            pending = CallPendingError(acquired)
+            if acquired.is_new:
+                await asked.record(Decision.APPROVAL_REQUIRED, str(pending), request_id=request_id)
+            raise pending
         if acquired.status is not ApprovalStatus.USED:
             raise await asked.refusal(refusal_text(acquired), approver_id=acquired.approver_id)
         try:
@@ -335,20 +341,6 @@ class CallGuard:
             await asked.record_outcome(acquired.approval_id, _NOT_RUN)
             raise
         return acquired
-
-
-async def acquire(
-    approvals: ApprovalManager, request: ApprovalRequest, *, call: ToolCall, bind: str = "", wait_s: float
-) -> ApprovalResult:
-    """Acquire an approval: USED, or one that releases nothing; as `approvals.acquire`, and bound to the types, too.
-
-    Raises:
-        CallPendingError: Nobody has decided yet.
-    """
-    acquired = await approvals.acquire(request, call=call, bind=bind + types_in(call.arguments), wait_s=wait_s)
-    if acquired.status is ApprovalStatus.PENDING:
-        raise CallPendingError(acquired)
-    return acquired
 
 
 async def approval_of(store: GatewayStore, facts: Any) -> ApprovalRequest | None:

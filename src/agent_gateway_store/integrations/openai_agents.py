@@ -79,7 +79,6 @@ class GatewayTools:
     def __init__(self, guard: CallGuard, identify: Callable[[Any], CallerIdentity], *, server: str = "agent") -> None:
         self._guard, self._identify, self._server = guard, identify, server
         self._judged: TTLCache[str, ReleasedCall | CallRefusedError] = TTLCache(_RELEASED_CALLS, ttl=_RELEASED_S)
-        self._late: list[ReleasedCall | CallRefusedError] = []
         self._tools: dict[str, FunctionTool] = {}
 
     def wrap(self, *tools: FunctionTool, mcp_servers: Iterable[MCPServer] = ()) -> list[Any]:
@@ -171,7 +170,6 @@ class GatewayTools:
         arguments, is_readable = (given, True) if isinstance(given, dict) else _read(given)
         caller, call = self._identify(context), ToolCall(server=self._server, tool=name, arguments=arguments)
         key = _key(caller, call, call_id)
-        await self._drop_late()
         judged = self._judged.pop(key, None)
         if not is_readable:
             # It may be released: before it calls, the SDK shows what it has read, of two members of one name the last.
@@ -186,18 +184,8 @@ class GatewayTools:
             except CallRefusedError as exc:
                 judged = exc
         if not is_taken:
-            # First, or setting one would forget them.
-            self._take_late()
             self._judged[key] = judged
         return judged
-
-    def _take_late(self) -> None:
-        self._late += [each for _, each in self._judged.expire()]
-
-    async def _drop_late(self) -> None:
-        self._take_late()
-        while self._late:
-            await _drop(self._late.pop(), f"nothing called it within {_RELEASED_S:g} seconds.")
 
     def _watched(self, name: str, guardrail: ToolInputGuardrail[Any]) -> ToolInputGuardrail[Any]:
         """Return `guardrail`; what it stops was released before, so it is recorded here."""

@@ -13,7 +13,6 @@ from agent_gateway_store.integrations.guard import (
     CallRefusedError,
     Verdict,
     approval_of,
-    copy_arguments,
     refusal_text,
 )
 from agent_gateway_store.models.keys import CallerIdentity
@@ -65,21 +64,14 @@ class GatewayToolset(WrapperToolset[Any]):
             ApprovalRequired: A human is asked; the metadata of the deferred call names the approval.
             ToolFailed: It was refused.
         """
-        caller, session_id = self.identify(ctx), ctx.conversation_id
+        call = ToolCall(server=self.server, tool=name, arguments=tool_args)
         try:
-            # The history may hold the same objects, and other tools reach it while this call waits.
-            own = copy_arguments(tool_args)
-        except CallRefusedError as exc:
-            call = ToolCall(server=self.server, tool=name, arguments=tool_args)
-            raise ToolFailed(str(await self.guard.deny(call, caller, str(exc), session_id=session_id))) from None
-        call = ToolCall(server=self.server, tool=name, arguments=own)
-
-        async def run() -> Any:
-            return await self.wrapped.call_tool(name, own, ctx, tool)
-
-        try:
-            released = await self.guard.release(call, caller, session_id=session_id)
-            return await released.run(run, open_ends=(ApprovalRequired, CallDeferred))
+            released = await self.guard.release(call, self.identify(ctx), session_id=ctx.conversation_id)
+            # The history may hold the same objects as `tool_args`, and other tools reach it while this call waits.
+            return await released.run(
+                lambda: self.wrapped.call_tool(name, released.arguments, ctx, tool),
+                open_ends=(ApprovalRequired, CallDeferred),
+            )
         except CallPendingError as exc:
             raise ApprovalRequired(metadata=exc.facts) from None
         except CallRefusedError as exc:

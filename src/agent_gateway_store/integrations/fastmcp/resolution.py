@@ -87,12 +87,7 @@ class ResolvedTool:
 
 
 async def resolve(context: Context, message: CallToolRequestParams, *, server: str) -> ResolvedTool:
-    """Return what the call would run if it ran now.
-
-    Args:
-        context: Of the request; it holds the server that was called and the answers of its client.
-        message: The call as it was received.
-        server: Name of the called server in the record.
+    """Return what the call would run if it ran now; `server` names the called server in the record.
 
     Raises:
         NotFoundError: There is no such tool, or the caller may not see it.
@@ -213,14 +208,7 @@ def is_alias(tool: TransformedTool) -> bool:
 
 
 def require_own_server_name(root: FastMCP[Any], server: FastMCP[Any], root_name: str) -> str:
-    """Return the name of `server`, which is `root` or mounted below it.
-
-    Args:
-        root_name: Name of `root` in the record.
-
-    Raises:
-        ToolError: Another server below `root` has the same name.
-    """
+    """Return the name of `server`, which is `root` (`root_name`) or mounted below it and no namesake of another."""
     name = root_name if server is root else server.name
     namesakes = {id(other) for other in _servers(root, set()) if (root_name if other is root else other.name) == name}
     if namesakes - {id(server)}:
@@ -242,16 +230,7 @@ def _warn_of_random_name(name: str) -> None:
 
 
 async def own_name(server: FastMCP[Any], tool: Tool, asked: str) -> str:
-    """Return the name under which `tool` was registered, before any namespace.
-
-    Args:
-        server: The server in which the tool was looked up.
-        tool: The result of the lookup: neither an alias nor a mount.
-        asked: The name by which it was looked up.
-
-    Raises:
-        ToolError: Another tool of the server has the same name and version.
-    """
+    """Return the name under which `tool` was registered, before any namespace; no other of its version may have it."""
     name = await _registered_name(server, tool)
     if name != asked:
         version = VersionSpec(eq=tool.version) if tool.version else None
@@ -280,11 +259,7 @@ async def _registered_name(server: FastMCP[Any], tool: Tool) -> str:
 
 
 async def require_seen_calls(root: FastMCP[Any], server: FastMCP[Any], tool: Tool) -> None:
-    """Refuse a tool that calls other tools of a mounted server by names in its arguments, as search transforms add.
-
-    Raises:
-        ToolError: The middleware of `root` would not see those calls.
-    """
+    """Refuse a tool that calls others of a mounted server by name, as search transforms add: `root` does not see it."""
     guards = (middleware for middleware in server.middleware if isinstance(middleware, PinningMiddleware))
     if server is root or any(guard.judges_calls for guard in guards):
         return
