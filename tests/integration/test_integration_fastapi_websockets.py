@@ -84,29 +84,24 @@ async def test_key_of_the_handshake_names_the_caller() -> None:
             assert answer.body == b'{"detail":"Invalid API key: ask the operator for a new one."}'
 
 
-@pytest.mark.parametrize("name", BROKEN)
-async def test_error_of_the_store_ends_an_open_socket(name: str) -> None:
+async def test_error_of_the_store_ends_an_open_socket() -> None:
     """With a code that says whether to come again, and the sentence; before it opens the answer is that of HTTP."""
-    _, code, reason = BROKEN[name]
     async with serving(GatewayStore()) as url:
-        async with connect(f"{url}/late/{name}") as socket:
+        for name, (_, code, reason) in BROKEN.items():
+            async with connect(f"{url}/late/{name}") as socket:
+                with pytest.raises(ConnectionClosed) as closed:
+                    await socket.recv()
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(f"{url}/early/{name}")
+
+            assert closed.value.rcvd is not None
+            assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (code, reason)
+            status = refused.value.response.status_code
+            assert status == {1011: 500, 1013: 503}.get(code, status) >= 403
+            assert b"db.internal" not in refused.value.response.body
+        async with connect(f"{url}/gone") as socket:
             with pytest.raises(ConnectionClosed) as closed:
                 await socket.recv()
-        with pytest.raises(InvalidStatus) as refused:
-            await connect(f"{url}/early/{name}")
-
-    assert closed.value.rcvd is not None
-    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (code, reason)
-    assert refused.value.response.status_code == {1011: 500, 1013: 503}.get(code, refused.value.response.status_code)
-    assert refused.value.response.status_code >= 403
-    assert b"db.internal" not in refused.value.response.body
-
-
-async def test_error_after_the_end_of_a_socket_is_not_sent() -> None:
-    """The code of the endpoint stands."""
-    async with serving(GatewayStore()) as url, connect(f"{url}/gone") as socket:
-        with pytest.raises(ConnectionClosed) as closed:
-            await socket.recv()
-
-    assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 4000
+        # The code of the endpoint stands.
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4000

@@ -38,19 +38,6 @@ async def test_calls_of_one_session_have_its_id(bench: Bench, kind: str) -> None
     assert None not in found
 
 
-async def test_session_is_the_one_that_tools_see(bench: Bench) -> None:
-    """On a connection without a handshake, too, where FastMCP has one for each request."""
-    server = bench.server()
-
-    @server.tool
-    async def read_session(ctx: Context) -> str:
-        return ctx.session_id
-
-    result = await bench.call(server, "read_session")
-
-    assert (await bench.event()).session_id == result.data
-
-
 @pytest.mark.parametrize(("telemetry", "carrier"), [("native", "meta"), ("off", "meta"), ("off", "header")])
 async def test_trace_of_the_request_is_recorded(
     bench: Bench, telemetry: Any, carrier: str, monkeypatch: pytest.MonkeyPatch
@@ -117,24 +104,6 @@ async def test_call_made_by_a_tool_names_its_parent(bench: Bench, way: str) -> N
     assert [event.tool_name for event in (outer, inner, last)] == ["read_all", "read_file", "read_file"]
     assert inner.parent_request_id == outer.request_id
     assert (outer.parent_request_id, last.parent_request_id) == (None, None)
-
-
-async def test_second_attempt_of_a_tool_that_fails_is_no_timeout(bench: Bench) -> None:
-    """Though the tool makes it while it handles the timeout of the first one."""
-    server = bench.server()
-
-    @server.tool
-    async def read_somehow(ctx: Context) -> str:
-        try:
-            raise TimeoutError
-        except TimeoutError:
-            await ctx.fastmcp.call_tool("read_badly", {})
-        return "done"
-
-    await bench.refusal(server, "read_somehow")
-    inner, _ = await bench.store.audit.list_recent()
-
-    assert (inner.tool_name, inner.execution_status) == ("read_badly", "TOOL_ERROR")
 
 
 async def test_mounted_server_with_a_middleware_of_its_own_names_the_call_in_front(bench: Bench) -> None:

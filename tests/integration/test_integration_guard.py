@@ -215,17 +215,12 @@ class TestPydanticAi:
         assert bench.ran == []
 
 
-def langchain_agent(bench: Bench, saver: InMemorySaver, name: str = "delete_file", **options: Any) -> Any:
+def langchain_agent(bench: Bench, saver: InMemorySaver, **options: Any) -> Any:
     @langchain_tool
     async def delete_file(path: str) -> str:
         """Delete a file."""
         bench.ran.append(path)
         return f"{path} is deleted"
-
-    @langchain_tool
-    async def format_disk(path: str) -> str:
-        """Format a disk."""
-        raise AssertionError
 
     class Scripted(GenericFakeChatModel):
         def bind_tools(self, *_args: Any, **_options: Any) -> Any:
@@ -235,11 +230,11 @@ def langchain_agent(bench: Bench, saver: InMemorySaver, name: str = "delete_file
     def is_answered(messages: Any) -> bool:
         return isinstance(messages[-1], ToolMessage)
 
-    asked = AIMessage("", tool_calls=[{"name": name, "args": {"path": "a.txt"}, "id": "c-1"}])
+    asked = AIMessage("", tool_calls=[{"name": "delete_file", "args": {"path": "a.txt"}, "id": "c-1"}])
     middleware = for_langchain.GatewayMiddleware(bench.guard(), lambda _request: CALLER, server="files", **options)
     return create_agent(
         Scripted(messages=iter(())),
-        [delete_file, format_disk],
+        [delete_file],
         middleware=[middleware],
         checkpointer=saver,
     )
@@ -292,10 +287,6 @@ class OpenAIRun:
             return f"{path} is deleted"
 
         @function_tool
-        async def format_disk(path: str) -> str:
-            raise AssertionError
-
-        @function_tool
         async def read_file(path: str) -> str:
             raise ConnectionError("secret.txt")
 
@@ -303,7 +294,7 @@ class OpenAIRun:
         calls = [function_call(name, {"path": f"{n}.txt"}, call_id=f"c-{n}") for n, name in enumerate(self.names)]
         steps: list[Any] = [[assistant_message("The end.")]]
         model = ScriptedModel(steps if is_resumed else [calls, *steps])
-        return OpenAIAgent("files", model=model, tools=tools.wrap(delete_file, format_disk, read_file))
+        return OpenAIAgent("files", model=model, tools=tools.wrap(delete_file, read_file))
 
     async def begin(self) -> Any:
         return await Runner.run(self.agent(), "Go.", run_config=RunConfig(tracing_disabled=True))

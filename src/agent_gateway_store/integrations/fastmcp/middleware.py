@@ -71,6 +71,11 @@ def _refusals() -> Iterator[None]:
         raise CallRefusedError(_UNKNOWN_TOOL, rule="gateway.unknown_tool") from exc
 
 
+async def _call_back(role: str, callback: Callable[..., Any], *args: Any, returns: type[Any]) -> Any:
+    with _refusals():
+        return await call_back(role, callback, *args, returns=returns, passing=_REFUSALS)
+
+
 class _WaitingGuard(CallGuard):
     """Asks for an approval of one call, waits for it, and cancels it once nobody waits any more."""
 
@@ -201,53 +206,48 @@ class GatewayMiddleware(PinningMiddleware):
 
     async def _resolved(self, asked: AskedCall, context: MiddlewareContext[CallToolRequestParams]) -> ResolvedTool:
         """Find out who calls and what would run, and let the call on its way say so."""
+        server = await self._name(context)
+        asked.call = asked.call.model_copy(update={"server": server})
+        _set_parent(asked)
+        asked.caller = await self._caller(context)
+        _set_parent(asked)
+        self._store.database.check_owner()
         with _refusals():
-            server = await self._name(context)
-            asked.call = asked.call.model_copy(update={"server": server})
-            _set_parent(asked)
-            asked.caller = await self._caller(context)
-            _set_parent(asked)
-            self._store.database.check_owner()
             resolved = await _resolve(context, context.message, server)
         asked.call = resolved.call
 
         async def require_unchanged() -> None:
-            with _refusals():
-                if await self._caller(context) != asked.caller:
-                    raise ToolError(_OTHER_CALLER)
-                try:
-                    now = await _resolve(context, resolved.message, server)
-                    is_same = (now.call, now.code) == (resolved.call, resolved.code)
-                except _REFUSALS:
-                    is_same = False
-                if not is_same:
-                    raise ToolError(_REPLACED)
+            if await self._caller(context) != asked.caller:
+                raise CallRefusedError(_OTHER_CALLER)
+            try:
+                now = await _resolve(context, resolved.message, server)
+                is_same = (now.call, now.code) == (resolved.call, resolved.code)
+            except _REFUSALS:
+                is_same = False
+            if not is_same:
+                raise CallRefusedError(_REPLACED)
 
         asked.before_use = require_unchanged
         return resolved
 
     async def _caller(self, context: MiddlewareContext[Any]) -> CallerIdentity:
-        caller: CallerIdentity = await call_back(
-            "identify", self._identify, context, returns=CallerIdentity, passing=_REFUSALS
-        )
+        caller: CallerIdentity = await _call_back("identify", self._identify, context, returns=CallerIdentity)
         return caller
 
     async def _name(self, context: MiddlewareContext[Any]) -> str:
         if callable(self._server):
-            return str(await call_back("server", self._server, context, returns=str, passing=_REFUSALS))
+            return str(await _call_back("server", self._server, context, returns=str))
         return _own_name(context) if self._server is None else self._server
 
     async def _judge(self, caller: CallerIdentity, call: ToolCall) -> Verdict:
-        with _refusals():
-            verdict: Verdict = await call_back("policy", self._policy, caller, call, returns=Verdict, passing=_REFUSALS)
-            return verdict
+        verdict: Verdict = await _call_back("policy", self._policy, caller, call, returns=Verdict)
+        return verdict
 
     async def _shown(self, call: ToolCall) -> dict[str, Any]:
         hidden = dict.fromkeys(RESERVED & call.arguments.keys(), HIDDEN)
         # No secret, since callers choose it among the versions of the tool; and approvers need it.
         version = {name: call.arguments[name] for name in hidden if name == VERSION}
-        with _refusals():
-            shown = await call_back("sanitize", self._sanitize, call, returns=Mapping, passing=_REFUSALS)
+        shown = await _call_back("sanitize", self._sanitize, call, returns=Mapping)
         return {**hidden, **shown, **version}
 
     async def _run(

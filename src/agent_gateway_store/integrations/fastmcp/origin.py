@@ -23,12 +23,7 @@ _w3c = TraceContextTextMapPropagator()
 
 @dataclass
 class RunningCall:
-    """A call whose tool runs now.
-
-    Attributes:
-        is_running: False afterwards. A task that the tool left behind has a copy of the context, and its calls are not
-            part of this one any more.
-    """
+    """A call whose tool runs now; a task that it left behind has a copy of the context, but is no part of it later."""
 
     request_id: str
     org_id: str

@@ -29,12 +29,7 @@ class CallChangedError(ToolError):
 
 @dataclass
 class Hop:
-    """One lookup on the way to the tool that runs: in the server that was called, then in each server mounted below.
-
-    Attributes:
-        name: What is looked up.
-        tool: What the lookup returns.
-    """
+    """One lookup of `tool` by `name`, in the server that was called or in one mounted below it."""
 
     server: FastMCP[Any]
     name: str
@@ -45,11 +40,7 @@ class Hop:
 
 
 class Pins:
-    """The lookups of one run.
-
-    Args:
-        once: Whether a middleware of a mounted server may not begin the run again, once the tool has begun.
-    """
+    """The lookups of one run; `once`: no middleware of a mounted server may begin it again once the tool has begun."""
 
     def __init__(self, hops: Sequence[Hop], *, once: bool) -> None:
         self._hops = {id(hop.server): hop for hop in hops}
@@ -114,11 +105,7 @@ class PinningMiddleware(ToolInjectionMiddleware):
         context: MiddlewareContext[CallToolRequestParams],
         call_next: CallNext[CallToolRequestParams, ToolResult],
     ) -> ToolResult:
-        """Let the judged call pass to its tool; the calls that the tool makes find what is registered.
-
-        Raises:
-            CallChangedError: A human approved the call, it ran already, and a middleware begins it again.
-        """
+        """Let the judged call pass to its tool, once if a human approved it; its own calls find what is registered."""
         pins = _pins.get()
         hop = pins.at(get_server()) if pins is not None else None
         if pins is not None and hop is not None and hop.has_ended and pins.is_over and context.message.name == hop.name:
@@ -133,11 +120,7 @@ class PinningMiddleware(ToolInjectionMiddleware):
             hop.has_ended = True
 
     def get_injected_tool(self, name: str) -> Tool | None:
-        """Return the pinned tool.
-
-        Raises:
-            CallChangedError: The first lookup after the call was judged is for another name.
-        """
+        """Return the pinned tool; CallChangedError if the first lookup after the call was judged has another name."""
         pins = _pins.get()
         hop = pins.at(get_server()) if pins is not None else None
         if hop is None:

@@ -65,13 +65,11 @@ class ResolvedTool:
     """What runs if a call is allowed.
 
     Attributes:
-        call: The call by the tool's own server and name. Its arguments are those that the tool receives, with
-            `@version`, `@input_responses` and `@request_state` if there are any.
+        call: By the tool's own server and name, with the arguments that it receives and those of `RESERVED`.
         hops: The lookups that lead to the tool; to run what the first one returned is to run the call.
         code: Equal for two lookups that end in the same code and schema.
         parameters: The JSON schema of what the tool takes.
-        message: A copy of the message, to be run: a change of the original, or by a tool of its arguments, changes
-            neither what runs nor `call`.
+        message: A copy, to be run: whoever changes the original, or its arguments, changes neither it nor `call`.
     """
 
     call: ToolCall
