@@ -79,6 +79,23 @@ async def test_a_released_call_runs_nothing_once_the_store_is_closed(store: Gate
     assert not ran
 
 
+async def test_a_call_that_is_cancelled_between_its_release_and_its_tool_leaves_an_event(store: GatewayStore) -> None:
+    """And its approval says that it was not run."""
+    guard = CallGuard(store, judge)
+    with pytest.raises(CallPendingError):
+        await guard.run(CALL, CALLER, done)
+    (asked,) = await guard_helpers.approve(store)
+    running = asyncio.create_task((await guard.release(CALL, CALLER)).run(done))
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    last = (await guard_helpers.events(store))[-1]
+    assert (last.decision, last.execution_status) == ("DENY", None)
+    assert "not run: it was cancelled before that" in last.deterministic_rationale
+    assert (await store.approvals.get(approval_id=asked.approval_id)).outcome == "NOT_RUN"
+
+
 async def test_a_tool_that_cannot_be_awaited_is_refused_in_one_sentence(store: GatewayStore) -> None:
     """A plain function has run by then, and a generator has not begun."""
     tool: Any = lambda: 5  # noqa: E731

@@ -136,6 +136,11 @@ class ReleasedCall:
                 if is_error is not None and is_error(result):
                     outcome.execution_status = ExecutionStatus.TOOL_ERROR
                 return result
+        except asyncio.CancelledError:
+            if self._outcome is None:
+                is_known = False
+                await self._record_unrun("it was cancelled before that.")
+            raise
         finally:
             ended = self._outcome.execution_status if self._outcome is not None else None
             if is_known:
@@ -146,6 +151,9 @@ class ReleasedCall:
         if self._was_run:
             return
         self._was_run = True
+        await self._record_unrun(reason, **fields)
+
+    async def _record_unrun(self, reason: str, **fields: Any) -> None:
         event = self._asked.event | fields
         approval_id, approver_id = event.pop("approval_id", None), event.pop("approver_id", None)
         by = f" by {word(approver_id)} (approval {approval_id})" if approval_id is not None else ""

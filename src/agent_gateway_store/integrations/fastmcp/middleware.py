@@ -206,9 +206,9 @@ class GatewayMiddleware(PinningMiddleware):
 
     async def _resolved(self, asked: AskedCall, context: MiddlewareContext[CallToolRequestParams]) -> ResolvedTool:
         """Find out who calls and what would run, and let the call on its way say so."""
+        _set_parent(asked)
         server = await self._name(context)
         asked.call = asked.call.model_copy(update={"server": server})
-        _set_parent(asked)
         asked.caller = await self._caller(context)
         _set_parent(asked)
         self._store.database.check_owner()
