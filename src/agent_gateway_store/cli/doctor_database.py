@@ -113,9 +113,9 @@ async def _examined(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def bound(engine: AsyncEngine, *, owned: bool = False) -> AsyncIterator[Database]:
+async def bound(engine: AsyncEngine, **options: Any) -> AsyncIterator[Database]:
     """Give the engine as a database of this process and event loop; one that is `owned` is disposed of."""
-    database = Database(engine, owned=owned)
+    database = Database(engine, **{"owned": False} | options)
     database.bind_to_loop()
     try:
         yield database
@@ -296,9 +296,8 @@ async def _check_replica(report: Report, engine: AsyncEngine, url: str, identity
             found = await read_identity(database.engine, reads=True)
             age_s = await database.replica_age_s()
             facts |= {"reachable": True, "is_standby": age_s is not None, "age_s": age_s}
-            both = Database(engine, owned=False, replica=database)
-            both.bind_to_loop()
-            is_apart = found == identity and await both.is_replica_apart()
+            async with bound(engine, replica=database) as both:
+                is_apart = found == identity and await both.is_replica_apart()
         if found != identity:
             report.problem("DATABASE_READ_URL leads to another database: name a replica of this one.")
         elif is_apart:

@@ -81,7 +81,7 @@ async def search(request: Request) -> Response:
         choices=_CHOICES,
         more=None if events is None or not events.next_cursor else urlencode([*pairs, ("cursor", events.next_cursor)]),
         first=urlencode(pairs) if cursor else None,
-        replica_age=await pages.replica_age(session),
+        replica_note=await pages.replica_note(session),
     )
 
 

@@ -64,7 +64,7 @@ async def charts(request: Request) -> Response:
             ("Tools", "tool_name", _CALLS, (await store.audit.stats(by="tool_name", since=_SINCE))[:20]),
             ("Approvals", "tool_name", _APPROVALS, (await store.approvals.stats(by="tool_name", since=_SINCE))[:20]),
         ],
-        replica_age=await pages.replica_age(session),
+        replica_note=await pages.replica_note(session),
     )
 
 

@@ -68,7 +68,7 @@ async def inbox(request: Request) -> Response:
         cursor=cursor,
         next_cursor=found.next_cursor,
         version=_word_of(found),
-        replica_age=None if narrowed == ApprovalStatus.PENDING else await pages.replica_age(session),
+        replica_note=None if narrowed == ApprovalStatus.PENDING else await pages.replica_note(session),
     )
 
 

@@ -110,7 +110,7 @@ def page(request: Request, template: str, *, code: int = 200, **values: Any) -> 
     given = {
         "base": base,
         "session": session,
-        "replica_age": None,
+        "replica_note": None,
         "static": f"{base}/static/{static_version()}",
     }
     return HTMLResponse(_environment().get_template(template).render(given | values), status_code=code)
@@ -121,7 +121,7 @@ def fragment(template: str, **values: Any) -> Markup:
     return Markup(_environment().get_template(template).render(values))  # noqa: S704  templates escape
 
 
-async def replica_age(session: Session) -> str | None:
+async def replica_note(session: Session) -> str | None:
     """Return how old what a page was read from may be, as a sentence; None: it was read from the primary."""
     database = session.store.database
     if database.replica is not database and (age_s := await database.replica.replica_age_s()) is not None:
