@@ -99,7 +99,6 @@ def test_traced_calls_go_through_modules_that_are_there() -> None:
 
 @pytest.mark.unit
 def test_generated_files_name_their_generators() -> None:
-    """The table lists the scripts that there are."""
     named = re.findall(r"`python (scripts/\w+\.py)`", section("Generated files"))
 
     assert sorted(named) == sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))
@@ -202,5 +201,4 @@ def test_ci_without_a_test_command_fails(checkout: Path) -> None:
 
 @pytest.mark.unit
 def test_ci_refuses_an_unknown_part(checkout: Path) -> None:
-    """A misspelt part is an error."""
     assert run_ci(checkout, "tests") == (2, [])

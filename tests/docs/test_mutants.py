@@ -28,7 +28,6 @@ def ids_in(path: str) -> set[str]:
 
 
 def test_there_are_enough() -> None:
-    """Each has a name of its own."""
     assert len({mutant.name for mutant in ALL}) == len(ALL) >= 60
 
 
@@ -66,7 +65,6 @@ def test_mutant_that_cannot_be_made_is_told(old: str, new: str, why: str) -> Non
 
 
 def test_mutants_are_chosen_by_name_and_number() -> None:
-    """Without any, all of them are run."""
     assert chosen(ALL, [ALL[2].name, "1"]) == [ALL[2], ALL[0]]
     assert chosen(ALL, []) == ALL
     with pytest.raises(ValueError, match="There is no mutant nobody"):
@@ -74,7 +72,6 @@ def test_mutants_are_chosen_by_name_and_number() -> None:
 
 
 def test_entry_of_another_form_is_told() -> None:
-    """Rather than left out."""
     with pytest.raises(ValueError, match="0 have the form"):
         mutants("### name\n\nno diff\n")
 

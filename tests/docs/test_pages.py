@@ -203,7 +203,6 @@ def test_page_of_an_agent(page: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", [*AGENTS, "how-to/fastmcp.md"])
 def test_what_a_framework_needs_is_under_forty_lines(page: str) -> None:
-    """Of code, the agent or the server itself included."""
     source = PAGES[page].partition("\n## ")[0]
     assert sum(bool(line.strip()) for line in "".join(blocks("python", source)).splitlines()) < 40
 
@@ -267,7 +266,6 @@ def test_prove_page(tmp_path: Path) -> None:
 
 
 def test_testing_page(tmp_path: Path) -> None:
-    """Its tests pass as the page runs them."""
     printed, _ = follow("how-to/testing-plugins.md", tmp_path, first="#")
 
     assert re.search(r"^=+ \d\d passed, 3 skipped", printed, re.MULTILINE), printed

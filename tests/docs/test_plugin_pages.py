@@ -35,7 +35,6 @@ def test_hooks_page_is_generated_from_the_specs() -> None:
 
 @pytest.mark.unit
 def test_every_fixture_and_name_of_the_kit_is_on_its_page() -> None:
-    """And no other fixture is."""
     page = (DOCS / "how-to" / "testing-plugins.md").read_text()
     module = ast.parse((ROOT / "src/agent_gateway_store/testing/fixtures.py").read_text())
     fixtures = {

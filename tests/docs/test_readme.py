@@ -35,6 +35,7 @@ def reference(name: str) -> str:
 
 
 @pytest.mark.integration
+@pytest.mark.system
 def test_readme_example_runs(tmp_path: Path) -> None:
     """The one Python block of the README runs as it stands, in at most fifteen lines, and again."""
     [example] = re.findall(r"^```python\n((?:.*\n)*?)```$", (ROOT / "README.md").read_text(), re.MULTILINE)
@@ -49,7 +50,6 @@ def test_readme_example_runs(tmp_path: Path) -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_command(command: str) -> None:
-    """Each of the two commands stands on a line of its own."""
     assert (ROOT / "README.md").read_text().splitlines().count(command) == 1
 
 
@@ -116,7 +116,6 @@ def test_nav_covers_every_page() -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize("name", StoreSettings.model_fields)
 def test_setting_is_documented(name: str) -> None:
-    """Every setting has its row, with its default."""
     [row] = [line for line in reference("settings").splitlines() if line.startswith(f"| `{name.upper()}` |")]
     default = StoreSettings.model_fields[name].default
     words = ((None, "none"), (True, "`true`"), (False, "`false`"))
@@ -128,7 +127,6 @@ def test_setting_is_documented(name: str) -> None:
 
 @pytest.mark.unit
 def test_no_setting_is_invented() -> None:
-    """The page names no setting that there is not."""
     rows = re.findall(r"^\| `([A-Z_]+)` \|", reference("settings"), re.MULTILINE)
 
     assert sorted(rows) == sorted(name.upper() for name in StoreSettings.model_fields)
@@ -148,7 +146,6 @@ def test_errors_are_documented() -> None:
 
 @pytest.mark.unit
 def test_hooks_are_documented() -> None:
-    """Every hookspec is on its page."""
     for name, function in inspect.getmembers(specs, inspect.isfunction):
         if hasattr(function, f"{PROJECT}_spec"):
             assert f"::: agent_gateway_store.hooks.specs.{name}\n" in reference("hooks")
@@ -163,7 +160,6 @@ def test_hooks_are_documented() -> None:
     ],
 )
 def test_fields_are_documented(name: str) -> None:
-    """Every field of a model is in the model's section."""
     found = re.search(rf"^## {name}\n((?:(?!## ).*\n)*)", reference("models"), re.MULTILINE)
 
     assert found is not None
@@ -200,7 +196,6 @@ def commands_of(group: Any, prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.unit
 def test_commands_are_documented() -> None:
-    """The table of commands is that of the program."""
     import typer
 
     from agent_gateway_store.cli.app import app

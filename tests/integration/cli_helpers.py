@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,13 +21,10 @@ from tampering import tamper
 KEY = re.compile(r"agw_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}")
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture
+def url(migrated_postgres_database: Callable[[], str]) -> str:
     """The URL of an empty, migrated database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'cli.db'}"
-    create: Callable[[], str] = request.getfixturevalue("migrated_postgres_database")
-    return create()
+    return migrated_postgres_database()
 
 
 @pytest.fixture

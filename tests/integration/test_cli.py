@@ -29,7 +29,6 @@ url, cli = cli_helpers.url, cli_helpers.cli
 
 @pytest.mark.parametrize("group", ["db", "keys", "audit", "approvals", "plugins"])
 def test_a_group_without_a_command_is_a_usage_error_that_shows_the_help(group: str) -> None:
-    """Exit code 2, and what can be typed."""
     outcome = gateway_store(group)
 
     assert outcome.code == 2
@@ -124,7 +123,6 @@ def test_approvals_are_listed_shown_and_decided(cli: Callable[..., Outcome], url
 
 @pytest.mark.parametrize("alias", ["reject", "decline"])
 def test_deny_has_aliases_that_the_help_does_not_show(alias: str) -> None:
-    """What people type by habit works."""
     url = "sqlite:///cli.db"
     approval_id = ask(url, "r1")
 
@@ -187,7 +185,6 @@ def test_a_narrow_terminal_gets_a_block_of_lines_for_each_row(cli: Callable[...,
 
 
 def test_a_listing_is_paged_by_its_cursor(cli: Callable[..., Outcome], url: str) -> None:
-    """`next_cursor` leads on; the last page has none."""
     ids = [ask(url, f"r{number}") for number in range(3)]
 
     first = cli("approvals", "list", "--limit", "2", "--json").json
@@ -200,7 +197,6 @@ def test_a_listing_is_paged_by_its_cursor(cli: Callable[..., Outcome], url: str)
 
 
 def test_an_organisation_sees_its_own_only(cli: Callable[..., Outcome]) -> None:
-    """`--org` binds what is written and what is read."""
     cli("--org", "acme", "keys", "issue", "dev-agent", "--role", "developer")
     cli("--org", "acme", "audit", "write", input=event_line("r1"))
 
@@ -244,7 +240,6 @@ def test_no_control_byte_of_the_data_reaches_the_terminal() -> None:
 
 
 def test_no_color_is_honoured_and_a_terminal_gets_only_our_own_sequences() -> None:
-    """On a real terminal, where tables are drawn with styles."""
     gateway_store("audit", "write", input=event_line("r1", caller_id="evil\x1b[31m"))
 
     plain, coloured = _on_terminal({"NO_COLOR": "1"}), _on_terminal({"NO_COLOR": ""})
@@ -271,7 +266,6 @@ def _on_terminal(environment: dict[str, str]) -> str:
 
 
 def test_the_installed_command_and_the_module_are_one() -> None:
-    """`python -m agent_gateway_store.cli` is `gateway-store`."""
     script = Path(sys.executable).parent / "gateway-store"
 
     by_script = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
@@ -290,7 +284,6 @@ def test_a_wrong_signing_key_is_a_wrong_setting_that_doctor_finds(cli: Callable[
 
 
 def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tmp_path: Path) -> None:
-    """A file of settings, a folder."""
     (tmp_path / "bad.env").write_bytes(b"\xff\xfe")
     (tmp_path / "taken").write_text("")
     cli("keys", "list", "--env-file", str(tmp_path / "bad.env")).assert_fails(2, "bad.env is not text in UTF-8")

@@ -84,7 +84,6 @@ def test_a_plugin_that_waits_for_its_settings_is_idle(tmp_path: Path) -> None:
 
 
 def test_a_role_that_may_not_delete_archives_no_approvals(limited_url: str) -> None:
-    """It is refused before anything is written to the folder."""
     with SyncGatewayStore(limited_url, redis_url="") as store:
         store.approvals.deny(store.approvals.issue_token(make_request()), approver_id="bob")
 
@@ -174,7 +173,6 @@ def test_seed_reads_the_shipped_policy_file_and_is_safe_to_repeat() -> None:
 
 
 def test_seed_takes_the_trust_level_from_the_file(tmp_path: Path) -> None:
-    """And without a file the developer is MEDIUM."""
     policies = tmp_path / "policies.yaml"
     policies.write_text("version: 1\nroles:\n  developer: {trust_level: HIGH}\n")
 
@@ -185,7 +183,6 @@ def test_seed_takes_the_trust_level_from_the_file(tmp_path: Path) -> None:
 
 
 def test_an_env_file_is_read_only_when_asked_for(tmp_path: Path) -> None:
-    """And an option wins over it."""
     (tmp_path / ".env").write_text("DATABASE_URL=sqlite:///from-env-file.db\n")
 
     gateway_store("keys", "list")

@@ -23,7 +23,6 @@ url, running = console_helpers.url, console_helpers.running
 
 
 async def test_a_person_signs_in_decides_and_finds_it_in_the_audit_log(running: tuple[GatewayStore, Any]) -> None:
-    """The whole way, without a script in any page."""
     store, app = running
     request = await waiting(store)
     call = {"mcp_server": request.tool_call.server, "tool_name": request.tool_call.tool, "caller_id": request.caller_id}
@@ -261,7 +260,6 @@ async def test_of_two_approvers_the_second_reads_who_was_first(running: tuple[Ga
 async def test_a_decision_that_cannot_be_is_explained(
     url: str, fields: dict[str, Any], settings: dict[str, Any], form: dict[str, str], code: int, said: str
 ) -> None:
-    """Nothing is decided, and the page says why."""
     async with console(url, **settings) as (store, app):
         request = await waiting(store, **fields)
         alice = await signed_in(store, app)

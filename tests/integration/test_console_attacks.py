@@ -183,7 +183,6 @@ async def test_charts_are_of_their_own_store(running: Running, tmp_path: Path) -
     ],
 )
 async def test_forms_come_from_where_a_browser_says(url: str, console_url: str, origin: str) -> None:
-    """It leaves the scheme's own port out."""
     async with console(url, console_url=console_url) as (store, app):
         alice = Visitor(app)
         answer = await alice.post("/login", {"key": await key_of(store)}, headers={"Origin": origin})
@@ -196,13 +195,11 @@ async def test_forms_come_from_where_a_browser_says(url: str, console_url: str, 
     ["https://bücher.example", "https://host:99999", "https://host:0", "https://host/con%20sole", "https://host//x"],
 )
 def test_an_address_that_no_browser_sends_is_refused(console_url: str) -> None:
-    """When the settings are read, not at the first form."""
     with pytest.raises(ValidationError):
         StoreSettings(console_url=console_url)
 
 
 async def test_a_long_note_of_any_alphabet_is_kept(running: Running) -> None:
-    """Each character takes nine bytes of a form."""
     store, app = running
     request = await waiting(store)
     alice = await signed_in(store, app)

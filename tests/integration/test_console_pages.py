@@ -277,7 +277,6 @@ async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[Gateway
 
 
 async def test_a_thousand_wait_and_each_is_reached(running: tuple[GatewayStore, Any]) -> None:
-    """Fifty on a page, and a link to the older ones."""
     store, app = running
     async with store.database.sessions() as session, session.begin():
         session.add_all(

@@ -206,7 +206,6 @@ async def test_keys_that_are_sent_at_once_are_refused_like_keys_one_after_anothe
 async def test_who_hangs_up_while_a_wrong_key_is_checked_is_counted(
     running: tuple[GatewayStore, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As whoever waits for the answer."""
     store, app = running
     right, wrong, visitor = await key_of(store), await key_of(store, "bob", role="developer"), Visitor(app)
     real, begun = KeyManager.verify, asyncio.Event()

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.system
 
 
 def test_the_demo_runs_in_an_empty_folder_and_shows_its_audit_log(tmp_path: Path) -> None:
-    """In 80 columns, with the real cost of the key hash."""
     outcome = run_process("demo", NO_COLOR="1", COLUMNS="80", BCRYPT_ROUNDS="10")
 
     assert (outcome.code, outcome.err) == (0, "")
@@ -68,7 +67,6 @@ def test_the_demo_tells_the_truth_and_can_be_run_again(tmp_path: Path) -> None:
 
 
 def test_the_demo_leaves_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files it worked on go with it."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))

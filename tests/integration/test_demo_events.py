@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
 
-from agent_gateway_store import AuditEvent, SyncGatewayStore
+from agent_gateway_store import SyncGatewayStore
 from agent_gateway_store.demo.history import DAYS, Call, history
-from agent_gateway_store.demo.world import SLOW, TROUBLEMAKER
 from commands import gateway_store
 
 END = datetime(2026, 5, 20, 17, tzinfo=UTC)
@@ -43,11 +41,6 @@ def dumped(calls: list[Call]) -> list[Any]:
         [each.request.model_dump(exclude={"token"}) for each in approvals],
         [each.vote and each.vote.model_dump() for each in approvals],
     ]
-
-
-def hour_of(event: AuditEvent) -> datetime:
-    """The hour in which it was."""
-    return event.timestamp.replace(minute=0, second=0, microsecond=0)
 
 
 def test_the_same_seed_gives_the_same_history() -> None:
@@ -80,17 +73,6 @@ def test_there_is_something_to_find(calls: list[Call]) -> None:
     assert hours[10] > 10 * hours[3]
     nights = Counter(event.timestamp.hour for event in events if event.caller_id == "reporting-agent")
     assert nights[2] > 5 * nights[12]
-
-    denied = [event for event in events if event.decision == "DENY"]
-    [(worst, most), (_, second)] = Counter(map(hour_of, denied)).most_common(2)
-    assert most > 5 * second
-    probing = [event for event in denied if hour_of(event) == worst]
-    assert sum(event.caller_id == TROUBLEMAKER for event in probing) > 0.9 * len(probing)
-
-    queries = [e for e in events if e.tool_name == "run_query" and e.execution_status == "SUCCESS"]
-    slow_from = SLOW.start(END)
-    slow = [e.latency_ms for e in queries if slow_from <= e.timestamp < slow_from + SLOW.length]
-    assert median(slow) > 4 * median(e.latency_ms for e in queries)
 
     exports = [e for e in events if e.tool_name == "export_contacts" and "PROBING" not in e.risk_labels]
     asked = [event.timestamp for event in exports if event.decision == "APPROVAL_REQUIRED"]
@@ -157,47 +139,25 @@ def test_it_tells_people_what_to_do_next() -> None:
         assert {each.org_id for each in store.approvals.list_requests()} == {"acme"}
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "many"])
-def test_a_wrong_number_is_refused(number: str) -> None:
-    """As every wrong option."""
-    assert gateway_store("demo", "--events", number).code == 2
+def test_the_end_may_be_a_time_or_so_long_ago() -> None:
+    """Of any zone, UTC if it names none; if nobody says when, it is the last full hour."""
 
+    def end(*options: str) -> datetime:
+        return datetime.fromisoformat(gateway_store("demo", "--events", "10", "--json", *options).json["until"])
 
-@pytest.mark.parametrize(
-    ("given", "end"),
-    [
-        ("2026-03-02T18:00Z", "2026-03-02T18:00:00+00:00"),
-        ("2026-03-02T18:00+02:00", "2026-03-02T16:00:00+00:00"),
-        ("2026-03-02", "2026-03-02T00:00:00+00:00"),
-    ],
-)
-def test_the_end_may_be_a_time(given: str, end: str) -> None:
-    """Of any zone; UTC if it names none."""
-    assert gateway_store("demo", "--events", "10", "--until", given, "--json").json["until"] == end
-
-
-def test_the_end_may_be_so_long_ago() -> None:
-    """As `since` and `until` are everywhere."""
-    before = datetime.now(UTC)
-
-    said = gateway_store("demo", "--events", "10", "--until", "2d", "--json").json
-
-    assert before <= datetime.fromisoformat(said["until"]) + timedelta(days=2) <= datetime.now(UTC)
-
-
-def test_the_history_ends_with_the_last_full_hour() -> None:
-    """If nobody says when."""
-    before = datetime.now(UTC)
-
-    end = datetime.fromisoformat(gateway_store("demo", "--events", "10", "--json").json["until"])
-
-    assert (end.minute, end.second, end.microsecond) == (0, 0, 0)
-    assert before - timedelta(hours=1) < end <= datetime.now(UTC)
+    now, hour = datetime.now(UTC), timedelta(hours=1)
+    assert end("--until", "2026-03-02T18:00+02:00") == datetime(2026, 3, 2, 16, tzinfo=UTC)
+    assert end("--until", "2026-03-02") == datetime(2026, 3, 2, tzinfo=UTC)
+    assert now <= end("--until", "2d") + timedelta(days=2) <= datetime.now(UTC)
+    last = end()
+    assert (last.minute, last.second, last.microsecond) == (0, 0, 0)
+    assert now - hour < last <= datetime.now(UTC)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--events", "0"), ("--events",)),
         (("--events", "10", "--until", "soon"), ("--until", "2026-05-01T12:00Z", "24h")),
         (("--events", "10", "--until", "0001-01-01"), ("--until", "1970")),
         (("--events", "10", "--until", "99999999w"), ("--until", "1970")),
@@ -206,7 +166,6 @@ def test_the_history_ends_with_the_last_full_hour() -> None:
     ],
 )
 def test_a_wrong_end_is_refused(options: tuple[str, ...], words: tuple[str, ...]) -> None:
-    """With what to give instead; nothing is written."""
     outcome = gateway_store("demo", *options)
 
     assert outcome.code == 2

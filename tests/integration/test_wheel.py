@@ -132,7 +132,6 @@ def sources(folder: str) -> list[Path]:
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
-    """Name, licence, Python and the two kinds of entry point."""
     with zipfile.ZipFile(wheel) as archive:
         info = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
 
@@ -199,7 +198,6 @@ print(all("--ags-bg" in html for html in shown), all(assets))
 
 
 def test_the_installed_demo_runs(python: Path, elsewhere: Path) -> None:
-    """The main job, end to end, in an empty folder."""
     shown = run(python.with_name("gateway-store"), "demo", cwd=elsewhere)
 
     assert "gateway-demo.db" in shown

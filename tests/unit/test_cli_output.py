@@ -45,7 +45,6 @@ pytestmark = pytest.mark.unit
     ids=lambda value: type(value).__name__,
 )
 def test_every_error_has_its_exit_code(error: Exception, code: int) -> None:
-    """As the contract of the command line names them."""
     sentence, found = explain(error)
 
     assert found == code
@@ -64,7 +63,6 @@ def test_a_sentence_shows_no_secret() -> None:
 
 
 def test_json_is_printable_ascii() -> None:
-    """Whatever the text holds; it reads back as it was."""
     value = {"a": "\x00\x1b\x7f\x9b\u2028é\ud800"}
 
     text = to_json(value)
@@ -125,7 +123,6 @@ def test_a_narrow_terminal_keeps_ids_whole(capsys: pytest.CaptureFixture[str], m
 def test_an_absurdly_long_id_is_broken_rather_than_cut(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its other columns stay readable."""
     monkeypatch.setenv("COLUMNS", "80")
 
     out, _ = _print(capsys, [{"approval_id": "x" * 100, "caller_id": "dev-agent", "note": "", "approver_id": ""}])
@@ -135,7 +132,6 @@ def test_an_absurdly_long_id_is_broken_rather_than_cut(
 
 
 def test_a_pipe_has_room_for_whole_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that `grep` finds them."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
     out, _ = _print(capsys, [{"approval_id": "a" * 36, "caller_id": "b" * 30, "note": "c" * 60, "approver_id": "ann"}])
@@ -144,7 +140,6 @@ def test_a_pipe_has_room_for_whole_rows(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_lines_and_fields_carry_no_control_bytes(capsys: pytest.CaptureFixture[str]) -> None:
-    """They are shown as escapes."""
     say("a\x1b[31m\nb")
     print_fields({"na\x07me": "va\rlue", "x": None})
 
@@ -155,26 +150,22 @@ def test_lines_and_fields_carry_no_control_bytes(capsys: pytest.CaptureFixture[s
     ("text", "seconds"), [("90s", 90), ("15M", 900), (" 24h ", 86400), ("30d", 2592000), ("2w", 1209600), ("0s", 0)]
 )
 def test_a_duration_is_a_number_with_a_unit(text: str, seconds: int) -> None:
-    """Any case, any space around."""
     assert duration(text, "--overlap") == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-1h", "1", "1y", "1.5h", "9999999d", "\u0661h"])
 def test_anything_else_is_no_duration(text: str) -> None:
-    """The error names the option."""
     with pytest.raises(typer.BadParameter, match="--overlap"):
         duration(text, "--overlap")
 
 
 def test_a_choice_is_taken_in_any_case() -> None:
-    """And a wrong one is answered with what there is."""
     assert choose(TrustLevel, "medium", "--trust-level") is TrustLevel.MEDIUM
     with pytest.raises(typer.BadParameter, match="UNTRUSTED, LOW, MEDIUM, HIGH, ADMIN"):
         choose(TrustLevel, "god", "--trust-level")
 
 
 def test_the_command_line_and_the_console_take_each_filter() -> None:
-    """Those that the methods of the store take."""
     search, listing = (
         {each.name for each in get_command(group).commands[name].params}  # type: ignore[attr-defined]
         for group, name in ((audit.app, "search"), (approvals.app, "list"))

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.unit
 
 MONDAY = datetime(2026, 5, 18, tzinfo=UTC)
 HOUR, DAY, WEEK = timedelta(hours=1), timedelta(days=1), timedelta(days=7)
-# Each three hours later than the one before, and a day: every weekday, and every third hour of the day.
-ENDS = [MONDAY + number * (DAY + 3 * HOUR) for number in range(8)]
+# A morning, an evening and a weekend.
+ENDS = [MONDAY + number * (2 * DAY + 9 * HOUR) for number in range(3)]
 
 
 @cache

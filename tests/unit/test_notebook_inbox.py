@@ -91,7 +91,6 @@ def test_a_call_that_was_not_stored_whole_says_so(store: SyncGatewayStore) -> No
 
 
 def test_a_refresh_shows_what_came(store: SyncGatewayStore) -> None:
-    """The newest first."""
     shown: Any = inbox(store, approver="alice")
     assert shown.items == []
     for name in ("a.txt", "b.txt"):
@@ -108,7 +107,6 @@ def test_a_refresh_shows_what_came(store: SyncGatewayStore) -> None:
     [{}, {"do": "drop"}, {"do": "approve"}, {"do": "approve", "approval_id": "x"}, {"do": "deny", "approval_id": [1]}],
 )
 def test_a_strange_message_decides_nothing(message: dict[str, Any], store: SyncGatewayStore) -> None:
-    """And the browser does not wait for ever."""
     token = store.approvals.issue_token(request())
     shown: Any = inbox(store, approver="alice")
 
@@ -119,7 +117,6 @@ def test_a_strange_message_decides_nothing(message: dict[str, Any], store: SyncG
 
 
 def test_a_message_that_is_no_object_is_harmless(store: SyncGatewayStore) -> None:
-    """It counts as a look."""
     shown: Any = inbox(store, approver="alice")
     shown.send = lambda _: None
 
@@ -151,7 +148,6 @@ async def test_an_asynchronous_store_is_awaited_in_its_own_loop(awaited: Gateway
 
 
 async def test_its_methods_work_without_a_browser(awaited: GatewayStore, store: SyncGatewayStore) -> None:
-    """Blocking or awaited like the store; errors are raised."""
     first, second = request(), request("b.txt")
     for asked in (first, second):
         store.approvals.issue_token(asked)
@@ -185,7 +181,6 @@ def test_the_plain_table_has_calls_to_copy(store: SyncGatewayStore) -> None:
 
 
 def test_a_widget_carries_the_table_for_where_widgets_are_off(store: SyncGatewayStore) -> None:
-    """One output, three forms: the view, the table, the text."""
     store.approvals.issue_token(request())
     data, _ = inbox(store, approver="alice")._repr_mimebundle_()  # type: ignore[attr-defined]
 
@@ -195,7 +190,6 @@ def test_a_widget_carries_the_table_for_where_widgets_are_off(store: SyncGateway
 
 
 def test_a_bound_store_shows_its_own_organisation(store: SyncGatewayStore) -> None:
-    """Nothing of another leaks into the inbox."""
     store.approvals.issue_token(request("a.txt", org_id="acme"))
     store.approvals.issue_token(request("b.txt", org_id="other"))
 
@@ -205,14 +199,12 @@ def test_a_bound_store_shows_its_own_organisation(store: SyncGatewayStore) -> No
 
 
 def test_a_nameless_approver_is_refused(store: SyncGatewayStore) -> None:
-    """A decision has a name on it."""
     for blank in ("", " \t", "\u200b"):
         with pytest.raises(ValueError, match="approver must not be empty"):
             inbox(store, approver=blank)
 
 
 def test_without_widgets_the_extra_is_named(store: SyncGatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the table works."""
     sys.modules["agent_gateway_store.notebook.inbox"]._widget_class.cache_clear()
     monkeypatch.setitem(sys.modules, "anywidget", None)
 

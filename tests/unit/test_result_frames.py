@@ -67,7 +67,6 @@ def test_the_schema_of_events() -> None:
 
 @pytest.mark.parametrize("record", [AuditEvent, ApprovalRequest, ApiKey])
 def test_an_empty_page_has_the_columns_and_types_of_a_full_one(record: type[Any]) -> None:
-    """In Arrow, pandas and Polars; secrets are no columns."""
     page = Page([], record_type=record)
 
     table, frame, polars = page.to_arrow(), page.to_pandas(), page.to_polars()
@@ -111,7 +110,6 @@ def test_pandas_has_the_right_types() -> None:
 
 
 def test_polars_has_the_right_types() -> None:
-    """Aware times and categories."""
     frame = events().to_polars()
 
     assert frame.schema["timestamp"] == pl.Datetime("us", "UTC")
@@ -128,7 +126,6 @@ def test_other_libraries_read_a_page_as_arrow() -> None:
 
 @pytest.mark.parametrize("year", [1, 1900, 2300, 9999])
 def test_far_times_convert(year: int) -> None:
-    """Whatever the store holds fits into microseconds."""
     page = Page([make_event(timestamp=datetime(year, 1, 1, tzinfo=UTC))])
 
     assert page.to_arrow()["timestamp"][0].as_py() == page[0].timestamp
@@ -137,7 +134,6 @@ def test_far_times_convert(year: int) -> None:
 
 
 def test_text_that_arrow_cannot_hold_becomes_visible() -> None:
-    """Events that were never stored may hold lone surrogates."""
     assert Page([make_event(caller_id="a\ud800b")]).to_arrow()["caller_id"][0].as_py() == "a\\ud800b"
 
 
@@ -223,7 +219,6 @@ async def test_a_missing_library_names_its_extra(
 
 
 def test_a_page_loads_no_optional_library() -> None:
-    """Neither the import nor the rendering does."""
     code = (
         "import sys; from agent_gateway_store import AuditEvent, Page, Stats\n"
         "Page([], record_type=AuditEvent)._repr_html_()\n"

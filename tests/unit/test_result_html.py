@@ -171,7 +171,6 @@ def test_a_card_has_what_is_set_and_names_the_rest() -> None:
 
 @pytest.mark.parametrize("record", [make_request(), make_request().tool_call], ids=["approval", "tool call"])
 def test_other_records_have_cards(record: Any) -> None:
-    """The models and the values alike."""
     read = Reader(record._repr_html_())
 
     assert read.text.startswith(f"{type(record).__name__} |")
@@ -179,7 +178,6 @@ def test_other_records_have_cards(record: Any) -> None:
 
 
 def test_a_notice_has_a_card_without_the_orm() -> None:
-    """What plugins see renders, too."""
     notice = make_notice(created_at=datetime(2026, 5, 1, tzinfo=UTC))
 
     assert "files.delete_file" in notice._repr_html_()

@@ -101,7 +101,6 @@ def test_a_terminal_gets_no_control_bytes() -> None:
 
 
 def test_long_cells_are_cut() -> None:
-    """A cell shows 120 characters; the dicts keep everything."""
     page = Page([{"a": "x" * 1_000}])
 
     assert f"<td>{'x' * 119}…</td>" in page._repr_html_()
@@ -153,7 +152,6 @@ def test_models_inside_a_model_hide_their_secrets_too() -> None:
 
 
 def test_dicts_are_copies() -> None:
-    """Changing one changes no record."""
     source = {"a": 1}
     page = Page([source])
     page.to_dicts()[0]["a"] = 2
