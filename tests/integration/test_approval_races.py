@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from agent_gateway_store import GatewayStore, errors
+from agent_gateway_store import GatewayStore, StoreSettings, errors
 from builders import CALL, make_request
 from proofs.harness import child
 
 pytestmark = [pytest.mark.usefixtures("no_plugins"), pytest.mark.system]
 
+# A Redis that is too slow on a busy machine would be done without, and a reader may then see an old status for a while.
+PATIENT = StoreSettings(redis_timeout_seconds=30)
 WORKERS = 4
 SIZES = [(5, 100), pytest.param(100, 1_000, marks=pytest.mark.slow)]
 """Tokens, and how many decide and then use each of them."""
@@ -59,7 +61,7 @@ async def crowd(store: GatewayStore, step: str, token: str, worker: int, number:
 
 async def serve(database_url: str, redis_url: str) -> None:
     """Do what the lines of the input say, as one of several processes."""
-    async with GatewayStore(database_url, redis_url=redis_url) as store:
+    async with GatewayStore(database_url, redis_url=redis_url, settings=PATIENT) as store:
         print("open", flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             print(json.dumps(await crowd(store, *json.loads(line))), flush=True)
@@ -98,7 +100,7 @@ async def test_one_of_many_processes_wins(
     """Four processes on one PostgreSQL and one Redis decide and then use the same approvals at the same moment."""
     url, start, statuses = migrated_postgres_database(), time.monotonic(), []
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(GatewayStore(url, redis_url=fresh_redis_url))
+        store = await stack.enter_async_context(GatewayStore(url, redis_url=fresh_redis_url, settings=PATIENT))
         workers = [await stack.enter_async_context(child(SERVING, url, fresh_redis_url)) for _ in range(WORKERS)]
 
         async def everywhere(step: str, token: str) -> list[Tally]:
