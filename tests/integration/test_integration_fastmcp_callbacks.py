@@ -10,7 +10,7 @@ from typing import Any
 
 import fastmcp_helpers
 import pytest
-from fastmcp_helpers import SECRET, Bench, judge
+from fastmcp_helpers import CALLER, SECRET, Bench, judge
 
 from agent_gateway_store import (
     AuditEvent,
@@ -20,6 +20,9 @@ from agent_gateway_store import (
 from agent_gateway_store.integrations.fastmcp import Verdict
 
 bench = fastmcp_helpers.bench
+
+DENIED = Verdict(decision="DENY", rule="r", reason="no")
+NO_DECISIONS = ["SANITIZE_AND_ALLOW", "deny", None]
 
 
 async def test_callbacks_cannot_change_what_runs(bench: Bench) -> None:
@@ -55,6 +58,9 @@ async def test_broken_callback_runs_nothing(bench: Bench, caplog: pytest.LogCapt
         ("policy", _failing),
         ("policy", _failing_now),
         ("policy", lambda *_: True),
+        *(("policy", lambda *_, said=said: DENIED.model_copy(update={"decision": said})) for said in NO_DECISIONS),
+        ("policy", lambda *_: DENIED.model_copy(update={"risk_score": None})),
+        ("identify", lambda _: CALLER.model_copy(update={"role": None})),
         ("sanitize", _failing_now),
         ("sanitize", lambda _: 7),
         ("server", _failing),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from contextlib import suppress
 from typing import Any
 
@@ -94,6 +95,50 @@ async def test_a_call_that_is_cancelled_between_its_release_and_its_tool_leaves_
     assert (last.decision, last.execution_status) == ("DENY", None)
     assert "not run: it was cancelled before that" in last.deterministic_rationale
     assert (await store.approvals.get(approval_id=asked.approval_id)).outcome == "NOT_RUN"
+
+
+async def test_what_stops_a_call_before_it_runs_leaves_one_event_and_no_value(store: GatewayStore) -> None:
+    """A verdict that says nothing, an argument that cannot be copied, the end of the program."""
+
+    class Uncopied:
+        def __deepcopy__(self, _memo: object) -> object:
+            raise ValueError("SECRET")
+
+    def end(*_: object) -> Verdict:
+        raise SystemExit
+
+    copied = judge(CALLER, FREE).model_copy(update={"decision": "SANITIZE_AND_ALLOW"})
+    with pytest.raises(CallRefusedError, match="The gateway failed"):
+        await CallGuard(store, lambda *_: copied).run(FREE, CALLER, done)
+    with pytest.raises(CallRefusedError, match="cannot be copied") as refused:
+        await CallGuard(store, judge).run(FREE.model_copy(update={"arguments": {"x": Uncopied()}}), CALLER, done)
+    with pytest.raises(SystemExit):
+        await CallGuard(store, end).run(FREE, CALLER, done)
+    assert "SECRET" not in "".join(traceback.format_exception(refused.value))
+    assert [each.decision for each in await store.audit.list_recent()] == ["DENY"] * 3
+
+
+async def test_a_question_that_is_given_up_leaves_no_event(store: GatewayStore) -> None:
+    async def slow(*_: object) -> Verdict:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(CallGuard(store, slow).ask(CALL, CALLER, request_id="q"), 0.05)
+    assert not await store.audit.list_recent()
+
+
+async def test_a_mapping_that_sanitize_uses_again_shows_each_call_its_own(store: GatewayStore) -> None:
+    shared: dict[str, Any] = {}
+
+    def sanitize(call: ToolCall) -> dict[str, Any]:
+        shared.update(call.arguments)
+        return shared
+
+    guard = CallGuard(store, judge, sanitize=sanitize)
+    calls = [FREE.model_copy(update={"arguments": {"x": number}}) for number in range(2)]
+    await asyncio.gather(*(guard.run(call, CALLER, done) for call in calls))
+    assert {event.sanitized_args["x"] for event in await store.audit.list_recent()} == {0, 1}
 
 
 async def test_a_tool_that_cannot_be_awaited_is_refused_in_one_sentence(store: GatewayStore) -> None:

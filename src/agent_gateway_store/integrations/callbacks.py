@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from agent_gateway_store._text import word
 from agent_gateway_store.encoding.plain import code_of
@@ -87,7 +87,14 @@ async def call_back(
     if not isinstance(answer, returns) or answer == "":
         found = type(answer).__name__ if answer != "" else "an empty text"
         raise CallbackError(f"{_name(role, callback)} must return a {returns.__name__}, not {found}.")
-    return answer
+    if not isinstance(answer, BaseModel):
+        return answer
+    try:
+        # `model_copy` checks nothing: another decision must not run, and no event can be written of a wrong caller.
+        return returns.model_validate(dict(answer))
+    except ValidationError as exc:
+        text = f"{_name(role, callback)} returned a {returns.__name__} that is not valid{_fields(exc)}."
+        raise CallbackError(text) from None
 
 
 def failure(exc: BaseException, callback: Callable[..., Any] | None = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -104,13 +103,16 @@ class AskedCall:
             await finish(self.store.approvals.record_outcome(approval_id=approval_id, outcome=outcome))
 
     @asynccontextmanager
-    async def refusing(self) -> AsyncIterator[None]:
-        """Record whatever stops the call in the body, unless that was recorded there, and raise a CallRefusedError."""
+    async def refusing(self, *, records_cancelled: bool = True) -> AsyncIterator[None]:
+        """Record whatever stops the call in the body, unless that was recorded there, and raise a CallRefusedError.
+
+        A cancellation, or the end of the program, is raised on.
+        """
         try:
             yield
-        except CallPendingError:
+        except (CallPendingError, GeneratorExit):
             raise
-        except (Exception, asyncio.CancelledError) as exc:
+        except BaseException as exc:
             if self.was_recorded and isinstance(exc, GatewayStoreError):
                 _logger.error("%s: %s", type(exc).__name__, exc)
                 raise CallRefusedError(AWAY) from exc
@@ -118,8 +120,9 @@ class AskedCall:
                 raise
             rule, reason = self._explain(exc)
             self.event.setdefault("rule", rule)
-            if isinstance(exc, asyncio.CancelledError):
-                await finish(self.record(Decision.DENY, reason))
+            if not isinstance(exc, Exception):
+                if records_cancelled:
+                    await finish(self.record(Decision.DENY, reason))
                 raise
             # Not the error of a callback, whose text may hold raw arguments.
             cause = exc.__cause__ if isinstance(exc, CallRefusedError) else exc
@@ -129,7 +132,7 @@ class AskedCall:
         """Return the rule and the sentence for what stopped the call."""
         if isinstance(exc, CallRefusedError):
             return exc.rule, str(exc)
-        if isinstance(exc, asyncio.CancelledError):
+        if not isinstance(exc, Exception):
             return "gateway.cancelled", _CANCELLED
         if isinstance(exc, InvalidApiKeyError | ApprovalError):
             return f"gateway.{'invalid_api_key' if isinstance(exc, InvalidApiKeyError) else 'not_approved'}", str(exc)

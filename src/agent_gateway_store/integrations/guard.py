@@ -58,12 +58,13 @@ def copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         try:
             copied[name] = deepcopy(value, memo)
-        except Exception as exc:
+        except Exception:
+            # Without the error, whose text may hold the argument.
             raise CallRefusedError(
                 f"The argument {word(name)} cannot be copied, so what runs might not be what was judged, and the call "
                 "was not run: nest it less, or ask its operator to declare it as a list, or what else Python can copy.",
                 rule=UNREADABLE,
-            ) from exc
+            ) from None
     return copied
 
 
@@ -154,7 +155,7 @@ class ReleasedCall:
         await self._record_unrun(reason, **fields)
 
     async def _record_unrun(self, reason: str, **fields: Any) -> None:
-        event = self._asked.event | fields
+        event = self._asked.event | fields | {"intent": False}
         approval_id, approver_id = event.pop("approval_id", None), event.pop("approver_id", None)
         by = f" by {word(approver_id)} (approval {approval_id})" if approval_id is not None else ""
         text = f"The call was released{by}, and not run: {reason}"
@@ -216,7 +217,8 @@ class CallGuard:
             CallRefusedError: The policy failed, or the store does not answer.
         """
         asked = self.begin(call, caller, request_id=request_id)
-        async with asked.refusing():
+        # Who no longer asks has called nothing.
+        async with asked.refusing(records_cancelled=False):
             await self._prepare(asked)
             if (found := await last_asked(asked.store, caller, request_id)) is not None:
                 return found
@@ -308,8 +310,8 @@ class CallGuard:
         """Copy the call, which nobody changes while it waits, and make its shown arguments."""
         copied = asked.call.model_copy(update={"arguments": copy_arguments(asked.call.arguments)})
         asked.call = copied
-        shown = await call_back("sanitize", self._sanitize, copied.model_copy(deep=True), returns=Mapping)
-        asked.event["sanitize"] = lambda _: dict(shown)
+        shown = dict(await call_back("sanitize", self._sanitize, copied.model_copy(deep=True), returns=Mapping))
+        asked.event["sanitize"] = lambda _: shown
 
     async def _judge(self, asked: AskedCall) -> Verdict:
         call = asked.call.model_copy(deep=True)
@@ -318,10 +320,12 @@ class CallGuard:
         return verdict
 
     def _request(self, asked: AskedCall, verdict: Verdict, question: str | None = None) -> ApprovalRequest:
+        if not (org_id := asked.caller.org_id or asked.store.org_id):
+            raise ValueError("the caller has no organisation")
         return ApprovalRequest(
             request_id=question or asked.event["request_id"],
             caller_id=asked.caller.caller_id,
-            org_id=asked.caller.org_id,
+            org_id=org_id,
             tool_call=asked.call.model_copy(update={"arguments": asked.event["sanitize"](asked.call)}),
             risk_explanation=verdict.reason,
             required_approvals=verdict.required_approvals,

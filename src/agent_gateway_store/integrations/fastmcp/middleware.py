@@ -258,6 +258,8 @@ class GatewayMiddleware(PinningMiddleware):
         context: MiddlewareContext[CallToolRequestParams],
         call_next: CallNext[CallToolRequestParams, ToolResult],
     ) -> ToolResult:
+        behind: list[GatewayStoreError] = []
+
         async def tool() -> ToolResult:
             request_id, org_id = asked.event["request_id"], asked.caller.org_id
             try:
@@ -267,6 +269,9 @@ class GatewayMiddleware(PinningMiddleware):
                 # Once the tool has begun, an error of these classes comes from a call that it made itself.
                 if not pins.has_begun:
                     released.take_back(str(exc) if isinstance(exc, CallChangedError) else _UNKNOWN_TOOL)
+                raise
+            except GatewayStoreError as exc:
+                behind.append(exc)
                 raise
             if not isinstance(result, ToolResult):
                 raise _GoesOnError(result)
@@ -280,6 +285,8 @@ class GatewayMiddleware(PinningMiddleware):
             result: ToolResult = exc.result
             return result
         except GatewayStoreError as exc:
+            if exc in behind:
+                raise
             _logger.error("Request %s: %s: %s", asked.event["request_id"], type(exc).__name__, exc)
             raise ToolError(_WITHHELD if released.outcome is not None else AWAY) from exc
 
