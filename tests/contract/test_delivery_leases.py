@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -52,15 +53,42 @@ async def say_late(store: GatewayStore, delivery: Delivery) -> None:
     """Let a worker say each of these, and require that the row stays as it is."""
     before = await rows(store, STATE)
     for result in results(delivery):
-        await record(store.database, [result])
+        await record(store.database, [result], POLICY)
         assert await rows(store, STATE) == before
+
+
+async def test_a_late_result_takes_no_row_from_the_worker_that_has_it(database_url: str) -> None:
+    """The lease of the second worker stands, and so does its own result afterwards."""
+    async with quiet_store(database_url) as store:
+        late, held = await claimed_twice(store)
+        await say_late(store, late)
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)], POLICY)
+
+        assert [row[:2] for row in await rows(store, "status, attempts")] == [("DELIVERED", 2)]
+
+
+async def test_a_late_result_is_none_of_a_dead_letter_that_is_sent_again(database_url: str) -> None:
+    """Its attempts count from 1 again, so that a worker that outlived its lease may have had the same number."""
+    async with quiet_store(database_url) as store:
+        late, held = await claimed_twice(store)
+        # The clock was moved, and this machine's was not.
+        late = replace(late, leased_at=late.leased_at - POLICY.lease_s - 1)
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DEAD, 2)], POLICY)
+        assert await store.notifications.redrive() == 1
+        (again,) = await claim(store.database, "post", 10, POLICY)
+        assert again.attempt == late.attempt
+        await say_late(store, late)
+        await record(store.database, [AttemptResult(again, DeliveryStatus.DEAD, 1)], POLICY)
+
+        assert [row[:2] for row in await rows(store, "status, attempts")] == [("DEAD", 1)]
 
 
 @pytest.mark.parametrize("status", list(DeliveryStatus))
 async def test_a_late_result_overwrites_no_other(database_url: str, status: DeliveryStatus) -> None:
+    """Whatever the second worker recorded stays as it is."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
-        await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")])
+        await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")], POLICY)
         await say_late(store, late)
 
 
@@ -68,12 +96,12 @@ async def test_a_late_delivery_counts_once(database_url: str) -> None:
     """What was delivered was delivered, also after the lease; a second time changes nothing."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
-        await record(store.database, [AttemptResult(late, DeliveryStatus.DELIVERED, 1)])
+        await record(store.database, [AttemptResult(late, DeliveryStatus.DELIVERED, 1)], POLICY)
         delivered = await rows(store, STATE)
         assert delivered[0][:2] == ("DELIVERED", 1)
         clock.move(timedelta(seconds=5))
         await say_late(store, held)
-        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)])
+        await record(store.database, [AttemptResult(held, DeliveryStatus.DELIVERED, 2)], POLICY)
 
         assert await rows(store, STATE) == delivered
 
@@ -93,7 +121,7 @@ async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -
             assert before < delivery.leased_at < time.monotonic()
             assert await claim_next(store.database, about, POLICY) == []
             assert await claim(store.database, "post", 10, POLICY) == []
-            await record(store.database, [AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt)])
+            await record(store.database, [AttemptResult(delivery, DeliveryStatus.DELIVERED, delivery.attempt)], POLICY)
             assert delivery.notice is not None
             events.append((delivery.notice.event, delivery.notice.status.value))
 
@@ -103,6 +131,7 @@ async def test_no_claim_takes_a_leased_row_or_one_behind_it(database_url: str) -
 async def test_a_lease_counts_from_before_its_row_is_written(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not from the commit, which may come when most of the lease has passed."""
     written: list[float] = []
     begun: list[float] = []
     wrote_before: list[float] = []

@@ -89,12 +89,17 @@ async def test_check_under_way_counts_until_its_thread_is_done(
 
 
 async def test_closing_ends_the_checks_that_wait(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = asyncio.all_tasks()
     async with GatewayStore(database_url) as store:
-        (_, *tasks), release = await hold(store, monkeypatch, 8)
-    release()
+        (gone, *tasks), release = await hold(store, monkeypatch, 8)
+        gone.cancel()
+        await asyncio.wait([gone])
     answers = await asyncio.gather(*tasks, return_exceptions=True)
+    left = asyncio.all_tasks() - before
+    release()
 
     assert {type(answer) for answer in answers} == {errors.StoreNotOpenError}
+    assert left == set()
 
 
 async def test_closing_ends_a_key_that_is_made_by_a_task_that_was_cancelled_before(

@@ -134,7 +134,7 @@ async def test_what_is_behind_a_notice_may_go_once_that_has_ended(
     """Not behind one that is due again: it would be claimed and put back without a pause."""
     looked_for: list[tuple[str, UUID]] = []
 
-    async def record(_transactions: Any, _results: Any) -> None:
+    async def record(_transactions: Any, _results: Any, _policy: Any) -> None:
         """Record nothing."""
 
     async def claim_next(_transactions: Any, approvals: Iterable[tuple[str, UUID]], _policy: Any) -> list[Delivery]:

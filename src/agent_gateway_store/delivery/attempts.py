@@ -91,6 +91,7 @@ _RESULTS = RowsParameter(
         "status": Text(),
         "error": Text(),
         "delay_s": Float(53),
+        "lease_left_s": Float(53),
     },
 )
 _TYPES: dict[str, TypeEngine[Any]] = {
@@ -116,6 +117,7 @@ def _statement(sql: str, *names: str) -> Statement:
                 WHERE id IN (SELECT id FROM due)
                 RETURNING {", ".join(names)}
                 """,  # noqa: S608  names of the program's own
+            "lease_end": clock_sql(dialect, plus="given.lease_left_s"),
             "next_time": clock_sql(dialect, plus="given.delay_s"),
             "skip_locked": "FOR UPDATE SKIP LOCKED" if dialect == "postgresql" else "",
             "approvals": _APPROVALS.sql(dialect),
@@ -185,7 +187,7 @@ _RECORD = _statement(
     FROM {results} AS given
     WHERE delivery.delivery_id = given.delivery_id AND (
         given.status = 'DELIVERED' AND delivery.status <> 'DELIVERED'
-        OR delivery.status = 'DUE' AND delivery.attempts = given.attempt
+        OR delivery.status = 'DUE' AND delivery.attempts = given.attempt AND delivery.next_attempt_at < {lease_end}
     )
     RETURNING id
     """,
@@ -251,7 +253,7 @@ def _notice_of(row: dict[str, Any]) -> Notice | None:
 
 
 @retry_conflicts
-async def record(transactions: Transactions, results: Sequence[AttemptResult]) -> None:
+async def record(transactions: Transactions, results: Sequence[AttemptResult], policy: Policy) -> None:
     """Record results in one statement. Of a row that was claimed again meanwhile, only that it was delivered counts.
 
     Raises:
@@ -265,6 +267,9 @@ async def record(transactions: Transactions, results: Sequence[AttemptResult]) -
             "status": result.status.value,
             "error": result.error,
             "delay_s": result.delay_s,
+            # A row whose lease ends later is another worker's, also in an attempt of the same number: a dead letter
+            # that is sent again counts from 1.
+            "lease_left_s": result.delivery.leased_at + 1.5 * policy.lease_s - time.monotonic(),
         }
         for result in results
     ]
@@ -278,8 +283,10 @@ class ResultRecorder:
     `on_recorded` is called with what was recorded, after the commit.
     """
 
-    def __init__(self, transactions: Transactions, on_recorded: Callable[[Sequence[AttemptResult]], None]) -> None:
-        self._transactions, self._on_recorded = transactions, on_recorded
+    def __init__(
+        self, transactions: Transactions, policy: Policy, on_recorded: Callable[[Sequence[AttemptResult]], None]
+    ) -> None:
+        self._transactions, self._policy, self._on_recorded = transactions, policy, on_recorded
         self._queue: BatchQueue[AttemptResult, None] = BatchQueue(self._process, max_items=_MOST_RESULTS)
         self._fault: Exception | None = None
         self._failed = asyncio.Event()
@@ -318,7 +325,7 @@ class ResultRecorder:
 
     async def _try(self, results: Sequence[AttemptResult]) -> bool:
         try:
-            await record(self._transactions, results)
+            await record(self._transactions, results, self._policy)
         except StoreNotOpenError:
             return True  # it was closed meanwhile: these are sent again when their lease ends
         except Exception as exc:

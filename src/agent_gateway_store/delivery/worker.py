@@ -125,7 +125,7 @@ class DeliveryWorker:
         self, transactions: Transactions, dispatcher: Dispatcher, names: Sequence[str], settings: StoreSettings
     ) -> None:
         self.policy, self._transactions = Policy.of(settings), transactions
-        self._recorder = ResultRecorder(transactions, self._continue)
+        self._recorder = ResultRecorder(transactions, self.policy, self._continue)
         self._queues = {name: NotifierQueue(name, dispatcher, self._recorder, self.policy) for name in names}
         self._arrived: Counter[str] = Counter()
         self._loops, self._claims = BackgroundTasks(), BackgroundTasks()

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import bcrypt
 from cachetools import LRUCache
@@ -41,6 +41,7 @@ class Hasher:
         self._max_threads = max(1, (os.cpu_count() or 2) - 1)
         self._pool: ThreadPoolExecutor | None = None
         self._room = threading.Semaphore(_MAX_WAITING)
+        self._waiters: set[asyncio.Future[Any]] = set()
 
     async def hash(self, secret: bytes) -> str:
         """Return the bcrypt of `secret` (at most 72 bytes)."""
@@ -68,19 +69,27 @@ class Hasher:
         future.add_done_callback(lambda _: self._room.release())
         task = asyncio.current_task()
         before = task.cancelling() if task is not None else 0
+        waiter = asyncio.wrap_future(future)
+        self._waiters.add(waiter)
         try:
-            return await asyncio.wrap_future(future)
+            return await waiter
         except asyncio.CancelledError:
             # `close` cancels the future, which looks like a cancellation of the caller, but nobody cancelled its task.
-            if future.cancelled() and task is not None and task.cancelling() == before:
+            if waiter.cancelled() and task is not None and task.cancelling() == before:
                 raise StoreNotOpenError("The store was closed while a key was being checked.") from None
             raise
+        finally:
+            self._waiters.discard(waiter)
 
     async def close(self) -> None:
-        """End what waits for a thread; what a thread is at is finished."""
+        """End the threads, and at once whatever waits for them: what a thread is at is dropped when it is done."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+        for waiter in (waiters := tuple(self._waiters)):
+            waiter.cancel()
+        if waiters:
+            await asyncio.wait(waiters)
 
 
 def _is_hash_of(secret: bytes, hashed: str) -> bool:

@@ -185,18 +185,11 @@ class PubSub:
             self._log.away("No notification can be sent (%s): others poll.", type(exc).__name__)
             raise TransactionConflictError("No notification can be sent.", sqlstate="40001") from exc
 
-    async def publish(self, key: str) -> bool:
-        """Publish a change that was committed: to this process at once, to others through Redis.
-
-        Returns:
-            False if Redis does not answer, so that others may not receive it.
-        """
+    async def publish(self, key: str) -> None:
+        """Publish a change that was committed: to this process at once, to others through Redis, if it answers."""
         self.notify_local(key)
-        return await self.publish_remote(key)
-
-    async def publish_remote(self, key: str) -> bool:
-        """Publish a change to other processes through Redis, if there is Redis. Returns as `publish`."""
-        return self._redis.client is None or await self._redis.publish(CHANNEL, key)
+        if self._redis.client is not None:
+            await self._redis.publish(CHANNEL, key)
 
     def message(self, key: str) -> tuple[str, str] | None:
         """Return the channel and the text of the message about `key`, to be published along with a Redis command."""
