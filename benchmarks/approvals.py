@@ -269,7 +269,8 @@ async def _bare_steps(url: str, count: int) -> AsyncIterator[list[Work]]:
             "p_allow_self": False,
             "p_ttl_s": 3_600.0,
         }
-        use_values = Permission("", ApprovalScope.EXECUTION, hash_tool_call(CALL)).values
+        permission = Permission("", ApprovalScope.EXECUTION, hash_tool_call(CALL))
+        use_values = {f"p_{name}": value for name, value in permission._asdict().items()}
         names = [{"p_token": row["p_token"], "p_org_id": None} for row in asked]
         yield [
             work(statements.INSERT, asked),

@@ -71,11 +71,16 @@ class AskedCall:
     event: dict[str, Any]
     before_use: Callable[[], Awaitable[None]] | None = None
     was_recorded: bool = False
+    _bound: GatewayStore | None = None
 
     @property
     def store(self) -> GatewayStore:
         """That of the caller's organisation; a host's own identity may name none."""
-        return self.host_store.for_org(self.caller.org_id) if self.caller.org_id else self.host_store
+        if not self.caller.org_id:
+            return self.host_store
+        if self._bound is None or self._bound.org_id != self.caller.org_id:
+            self._bound = self.host_store.for_org(self.caller.org_id)
+        return self._bound
 
     def recording(self, decision: Decision, reason: str, **fields: Any) -> AbstractAsyncContextManager[AuditEvent]:
         """Return what records the call, as it runs or does not run in its body."""

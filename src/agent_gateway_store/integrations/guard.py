@@ -68,6 +68,11 @@ def copy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return copied
 
 
+def _copy(call: ToolCall) -> ToolCall:
+    # A third of the time of `model_copy(deep=True)`.
+    return call.model_copy(update={"arguments": copy_arguments(call.arguments)})
+
+
 class ReleasedCall:
     """A call that may run once; `CallGuard.release` makes it."""
 
@@ -276,7 +281,7 @@ class CallGuard:
             raise await self.deny(call, caller, BROKEN, rule="gateway.failure")
         asked = self.begin(call, caller, **fields)
         async with asked.refusing():
-            return await self.judge(asked, bind=bind, question=question, earlier=earlier)
+            return await self.judge(asked, bind=lambda: bind, question=question, earlier=earlier)
 
     def begin(self, call: ToolCall, caller: CallerIdentity, **fields: Any) -> AskedCall:
         """Return a call on its way to `judge`; `fields` are those of its event."""
@@ -286,11 +291,14 @@ class CallGuard:
         self,
         asked: AskedCall,
         *,
-        bind: str = "",
+        bind: Callable[[], str] = str,
         question: str | None = None,
         earlier: Callable[[GatewayStore], Awaitable[ApprovalRequest | None]] | None = None,
     ) -> ReleasedCall:
-        """Return the call if it may run; all else as `release`, where `asked.refusing()` surrounds it."""
+        """Return the call if it may run; all else as `release`, where `asked.refusing()` surrounds it.
+
+        `bind` is called where a human is asked.
+        """
         await self._prepare(asked)
         verdict = await self._judge(asked)
         if verdict.decision == Decision.DENY:
@@ -300,7 +308,7 @@ class CallGuard:
             if decided and decided.status is ApprovalStatus.DENIED:
                 raise await asked.refusal(refusal_text(decided), approver_id=decided.approver_id)
             request = self._request(asked, verdict, question)
-            acquired = await self._acquire(asked, request, bind, wait_s=self._approval_wait_s)
+            acquired = await self._acquire(asked, request, bind(), wait_s=self._approval_wait_s)
             asked.event.update(approval_id=acquired.approval_id, approver_id=acquired.approver_id)
         elif asked.store.settings.audit_mode == "strict":
             await asked.store.ping()
@@ -308,14 +316,12 @@ class CallGuard:
 
     async def _prepare(self, asked: AskedCall) -> None:
         """Copy the call, which nobody changes while it waits, and make its shown arguments."""
-        copied = asked.call.model_copy(update={"arguments": copy_arguments(asked.call.arguments)})
-        asked.call = copied
-        shown = dict(await call_back("sanitize", self._sanitize, copied.model_copy(deep=True), returns=Mapping))
+        asked.call = copied = _copy(asked.call)
+        shown = dict(await call_back("sanitize", self._sanitize, _copy(copied), returns=Mapping))
         asked.event["sanitize"] = lambda _: shown
 
     async def _judge(self, asked: AskedCall) -> Verdict:
-        call = asked.call.model_copy(deep=True)
-        verdict: Verdict = await call_back("policy", self._policy, asked.caller, call, returns=Verdict)
+        verdict: Verdict = await call_back("policy", self._policy, asked.caller, _copy(asked.call), returns=Verdict)
         asked.event.update(verdict.event_fields)
         return verdict
 

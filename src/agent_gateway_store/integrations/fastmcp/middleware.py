@@ -189,7 +189,7 @@ class GatewayMiddleware(PinningMiddleware):
             try:
                 async with asked.refusing():
                     resolved = await self._resolved(asked, context)
-                    released = await self._guard.judge(asked, bind=resolved.schema_hash)
+                    released = await self._guard.judge(asked, bind=lambda: resolved.schema_hash)
             except CallPendingError as exc:
                 is_plain = outer_call() is None and not {INPUT_RESPONSES, REQUEST_STATE} & asked.call.arguments.keys()
                 page = None
