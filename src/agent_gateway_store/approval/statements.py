@@ -29,9 +29,7 @@ Key: TypeAlias = Literal["token", "id"]
 _requests = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
 
-META_COLUMNS = ("read_at", "token_sha256")
-"""What a row holds beside the columns: the database's time, and the digest that the column `token` does not show."""
-
+# Beside the columns: the database's time, and the digest that the column `token` does not show.
 readable_columns: tuple[ColumnElement[Any], ...] = (
     *_requests.c,
     column("read_at", UtcDateTime()),

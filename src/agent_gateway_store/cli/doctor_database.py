@@ -113,9 +113,11 @@ async def _examined(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def bound(engine: AsyncEngine, **options: Any) -> AsyncIterator[Database]:
+async def bound(
+    engine: AsyncEngine, *, owned: bool = False, replica: Database | None = None
+) -> AsyncIterator[Database]:
     """Give the engine as a database of this process and event loop; one that is `owned` is disposed of."""
-    database = Database(engine, **{"owned": False} | options)
+    database = Database(engine, owned=owned, replica=replica)
     database.bind_to_loop()
     try:
         yield database
