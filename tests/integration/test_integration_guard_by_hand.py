@@ -41,7 +41,7 @@ async def test_a_request_id_that_stays_the_same_leaves_one_event_of_the_question
 
 async def test_fields_that_are_wrong_refuse_the_call_before_anybody_is_asked(store: GatewayStore) -> None:
     """Later they would use an approval up for nothing."""
-    wrong: list[dict[str, Any]] = [{"session_id": 5}, {"nonsense": 1}, {"rationale": "r"}, {"approval_id": "x"}]
+    wrong: list[dict[str, Any]] = [{"session_id": 5}, {"nonsense": 1}, {"rationale": "r"}, {"sanitized_args": {}}]
     for call in (CALL, FREE):
         for fields in (*wrong, {"decision": "ALLOW"}):
             with pytest.raises(CallRefusedError, match="The gateway failed"):

@@ -37,7 +37,7 @@ INTENT, OUTCOME = "intent", "outcome"
 _RUNS = (Decision.ALLOW, Decision.SANITIZE_AND_ALLOW)
 # Arguments of `audit.call` beside the fields, and those of them that a guard gives by itself.
 _OPTIONS = ("rule", "intent")
-_OF_THE_GUARD = ("decision", "rationale", "approval_id", "sanitize")
+_OF_THE_GUARD = ("decision", "rationale", "approval_id", "sanitize", "sanitized_args")
 
 
 def argument_names(call: ToolCall) -> dict[str, Any]:

@@ -60,18 +60,14 @@ class CallbackError(Exception):
 
 
 async def call_back(
-    role: str,
-    callback: Callable[..., Any],
-    *args: Any,
-    returns: type[Any],
-    passing: tuple[type[Exception], ...] = (),
+    role: str, callback: Callable[..., Any], *args: Any, returns: type[Any], refusals: tuple[type[Exception], ...] = ()
 ) -> Any:
     """Call a callback, sync or async, and return what it returns.
 
     Args:
         role: The argument that it was given as.
         returns: What it must return.
-        passing: What it may raise to refuse a call, beside `CallRefusedError` and errors of the store.
+        refusals: What it may raise to refuse a call, beside `CallRefusedError` and errors of the store.
 
     Raises:
         CallbackError: It raised another error, or returned something else.
@@ -81,7 +77,7 @@ async def call_back(
         if inspect.isawaitable(answer):
             answer = await answer
     except Exception as exc:
-        if isinstance(exc, (CallRefusedError, CallbackError, GatewayStoreError, *passing)):
+        if isinstance(exc, (CallRefusedError, CallbackError, GatewayStoreError, *refusals)):
             raise
         raise CallbackError(f"{_name(role, callback)} failed: {failure(exc, callback)}") from None
     if not isinstance(answer, returns) or answer == "":

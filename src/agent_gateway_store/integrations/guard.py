@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -184,10 +185,14 @@ class CallGuard:
         approval_wait_s: Seconds that a call waits for a human before it is pending.
     """
 
+    # What the callbacks may raise to refuse a call, beside errors of the store and `CallRefusedError`.
+    _refusals: tuple[type[Exception], ...] = ()
+
     def __init__(
         self, store: GatewayStore, policy: Policy, *, sanitize: Sanitize = argument_names, approval_wait_s: float = 0.0
     ) -> None:
         self._store, self._policy, self._sanitize, self._approval_wait_s = store, policy, sanitize, approval_wait_s
+        self._call_back = partial(call_back, refusals=self._refusals)
 
     async def run(
         self,
@@ -317,11 +322,12 @@ class CallGuard:
     async def _prepare(self, asked: AskedCall) -> None:
         """Copy the call, which nobody changes while it waits, and make its shown arguments."""
         asked.call = copied = _copy(asked.call)
-        shown = dict(await call_back("sanitize", self._sanitize, _copy(copied), returns=Mapping))
-        asked.event["sanitize"] = lambda _: shown
+        shown = await self._call_back("sanitize", self._sanitize, _copy(copied), returns=Mapping)
+        asked.event["sanitized_args"] = dict(shown)
 
     async def _judge(self, asked: AskedCall) -> Verdict:
-        verdict: Verdict = await call_back("policy", self._policy, asked.caller, _copy(asked.call), returns=Verdict)
+        call = _copy(asked.call)
+        verdict: Verdict = await self._call_back("policy", self._policy, asked.caller, call, returns=Verdict)
         asked.event.update(verdict.event_fields)
         return verdict
 
@@ -332,7 +338,7 @@ class CallGuard:
             request_id=question or asked.event["request_id"],
             caller_id=asked.caller.caller_id,
             org_id=org_id,
-            tool_call=asked.call.model_copy(update={"arguments": asked.event["sanitize"](asked.call)}),
+            tool_call=asked.call.model_copy(update={"arguments": asked.event["sanitized_args"]}),
             risk_explanation=verdict.reason,
             required_approvals=verdict.required_approvals,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Literal
 
 from fastmcp.exceptions import DisabledError, NotFoundError, ToolError
@@ -19,7 +20,7 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from agent_gateway_store.audit.calls import HIDDEN, argument_names
 from agent_gateway_store.clock import utc_now
 from agent_gateway_store.errors import GatewayStoreError, InvalidApiKeyError
-from agent_gateway_store.integrations.callbacks import CallRefusedError, Policy, Sanitize, Verdict, call_back
+from agent_gateway_store.integrations.callbacks import CallRefusedError, Policy, Sanitize, call_back
 from agent_gateway_store.integrations.calls import AWAY, AskedCall, CallPendingError, finish, refusal_text
 from agent_gateway_store.integrations.fastmcp.origin import origin_fields, outer_call, running, tool_span
 from agent_gateway_store.integrations.fastmcp.pinning import CallChangedError, PinningMiddleware, pinned, unpinned
@@ -51,6 +52,7 @@ _logger = logging.getLogger("agent_gateway_store.integrations")
 _PAGE = "agent_gateway_store_approval"
 # What a callback raises to refuse a call, beside errors of the store.
 _REFUSALS = (ToolError, NotFoundError, DisabledError)
+_call_back = partial(call_back, refusals=_REFUSALS)
 
 
 class _GoesOnError(Exception):
@@ -60,8 +62,8 @@ class _GoesOnError(Exception):
         self.result = result
 
 
-@contextmanager
-def _refusals() -> Iterator[None]:
+@asynccontextmanager
+async def _refusals() -> AsyncIterator[None]:
     """Raise what FastMCP and callbacks refuse a call by as a `CallRefusedError`."""
     try:
         yield
@@ -71,12 +73,21 @@ def _refusals() -> Iterator[None]:
         raise CallRefusedError(_UNKNOWN_TOOL, rule="gateway.unknown_tool") from exc
 
 
-async def _call_back(role: str, callback: Callable[..., Any], *args: Any, returns: type[Any]) -> Any:
-    with _refusals():
-        return await call_back(role, callback, *args, returns=returns, passing=_REFUSALS)
+class _Guard(CallGuard):
+    """Shows approvers, beside what `sanitize` returns, which version runs, and that the call brings answers."""
+
+    _refusals = _REFUSALS
+
+    async def _prepare(self, asked: AskedCall) -> None:
+        await super()._prepare(asked)
+        arguments = asked.call.arguments
+        hidden = dict.fromkeys(RESERVED & arguments.keys(), HIDDEN)
+        # No secret, since callers choose it among the versions of the tool; and approvers need it.
+        version = {name: arguments[name] for name in hidden if name == VERSION}
+        asked.event["sanitized_args"] = {**hidden, **asked.event["sanitized_args"], **version}
 
 
-class _WaitingGuard(CallGuard):
+class _WaitingGuard(_Guard):
     """Asks for an approval of one call, waits for it, and cancels it once nobody waits any more."""
 
     async def _acquire(self, asked: AskedCall, request: ApprovalRequest, bind: str, *, wait_s: float) -> ApprovalResult:
@@ -151,10 +162,9 @@ class GatewayMiddleware(PinningMiddleware):
         super().__init__()
         if on_pending not in ("return", "wait"):
             raise ValueError(f'on_pending must be "return" or "wait", not {on_pending!r}.')
-        self._store, self._policy, self._sanitize = store, policy, sanitize
-        self._identify, self._server = identify or self._verify_http_key, server
-        kind, wait_s = (_WaitingGuard, approval_timeout_s) if on_pending == "wait" else (CallGuard, approval_wait_s)
-        self._guard = kind(store, self._judge, sanitize=self._shown, approval_wait_s=wait_s)
+        self._store, self._identify, self._server = store, identify or self._verify_http_key, server
+        kind, wait_s = (_WaitingGuard, approval_timeout_s) if on_pending == "wait" else (_Guard, approval_wait_s)
+        self._guard = kind(store, policy, sanitize=sanitize, approval_wait_s=wait_s)
 
     async def _verify_http_key(self, _context: MiddlewareContext[Any]) -> CallerIdentity:
         try:
@@ -187,7 +197,7 @@ class GatewayMiddleware(PinningMiddleware):
         asked = self._guard.begin(call, unknown, timestamp=utc_now(), **origin_fields(context))
         with tool_span(message.name, context):
             try:
-                async with asked.refusing():
+                async with asked.refusing(), _refusals():
                     resolved = await self._resolved(asked, context)
                     released = await self._guard.judge(asked, bind=lambda: resolved.schema_hash)
             except CallPendingError as exc:
@@ -212,8 +222,7 @@ class GatewayMiddleware(PinningMiddleware):
         asked.caller = await self._caller(context)
         _set_parent(asked)
         self._store.database.check_owner()
-        with _refusals():
-            resolved = await _resolve(context, context.message, server)
+        resolved = await _resolve(context, context.message, server)
         asked.call = resolved.call
 
         async def require_unchanged() -> None:
@@ -238,17 +247,6 @@ class GatewayMiddleware(PinningMiddleware):
         if callable(self._server):
             return str(await _call_back("server", self._server, context, returns=str))
         return _own_name(context) if self._server is None else self._server
-
-    async def _judge(self, caller: CallerIdentity, call: ToolCall) -> Verdict:
-        verdict: Verdict = await _call_back("policy", self._policy, caller, call, returns=Verdict)
-        return verdict
-
-    async def _shown(self, call: ToolCall) -> dict[str, Any]:
-        hidden = dict.fromkeys(RESERVED & call.arguments.keys(), HIDDEN)
-        # No secret, since callers choose it among the versions of the tool; and approvers need it.
-        version = {name: call.arguments[name] for name in hidden if name == VERSION}
-        shown = await _call_back("sanitize", self._sanitize, call, returns=Mapping)
-        return {**hidden, **shown, **version}
 
     async def _run(
         self,
