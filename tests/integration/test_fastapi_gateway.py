@@ -12,11 +12,14 @@ from uuid import uuid4
 
 import asyncpg
 import gateway_process
+import pytest
 from gateway_process import POLICY, SECRET, Bench, Site
 from sqlalchemy import make_url
 
 import servers
 from agent_gateway_store import AuditEvent
+
+pytestmark = pytest.mark.system
 
 site, logs, bench = gateway_process.site, gateway_process.logs, gateway_process.bench
 

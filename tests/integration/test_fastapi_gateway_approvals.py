@@ -6,9 +6,12 @@ import asyncio
 from uuid import uuid4
 
 import gateway_process
+import pytest
 from gateway_process import SECRET, Agent, Bench
 
 from agent_gateway_store import TrustLevel
+
+pytestmark = pytest.mark.system
 
 site, logs, bench = gateway_process.site, gateway_process.logs, gateway_process.bench
 

@@ -18,6 +18,8 @@ from sqlalchemy import make_url
 from agent_gateway_store import AuditEvent
 from forks import forks
 
+pytestmark = pytest.mark.system
+
 site, logs, bench = gateway_process.site, gateway_process.logs, gateway_process.bench
 
 

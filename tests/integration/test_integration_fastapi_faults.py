@@ -8,6 +8,8 @@ from fastapi_helpers import Bench, build_app, running
 from agent_gateway_store import GatewayStore
 from servers import PostgresServer
 
+pytestmark = pytest.mark.system
+
 
 async def test_killed_database_is_503_and_passes(caplog: pytest.LogCaptureFixture) -> None:
     """Nobody gets in and nothing is decided meanwhile; the answer says when to ask again, the log says what is away."""
