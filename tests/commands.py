@@ -41,13 +41,13 @@ class Outcome:
     def assert_fails(self, code: int, *words: str) -> None:
         """It failed with this exit code and one sentence that holds these words; no traceback, nothing on stdout.
 
-        Where nothing is found, another line may say before it in which database.
+        Another line may say before it which database is read.
         """
         assert self.code == code, self.said
         assert "Traceback" not in self.said
         assert self.out == ""
         lines = self.err.strip().splitlines()
-        if code == 4 and lines[0].startswith("Reading "):
+        if lines[0].startswith("Reading "):
             del lines[0]
         assert len(lines) == 1, self.err
         assert lines[0].endswith("."), lines[0]

@@ -48,12 +48,6 @@ def test_readme_example_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("command", COMMANDS)
-def test_readme_command(command: str) -> None:
-    assert (ROOT / "README.md").read_text().splitlines().count(command) == 1
-
-
-@pytest.mark.unit
 def test_ci_runs_the_readme_command() -> None:
     """The workflow runs the script of the checkout, and the README's test command, with no right to write."""
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
@@ -61,6 +55,8 @@ def test_ci_runs_the_readme_command() -> None:
     runs = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     assert runs == ["bash .ci/run", COMMANDS[1]]
     assert workflow["permissions"] == {"contents": "read"}
+    for command in COMMANDS:
+        assert (ROOT / "README.md").read_text().splitlines().count(command) == 1
 
 
 def links_in(page: Path) -> Iterator[str]:
@@ -71,22 +67,24 @@ def links_in(page: Path) -> Iterator[str]:
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
-def test_relative_links_exist(page: Path) -> None:
-    """Each relative link leads to a file; `mkdocs build --strict` looks at the anchors."""
+@pytest.mark.parametrize(
+    "page", [*WRITTEN, *(ROOT / "examples").rglob("*.md")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_page_names_what_is_there_and_can_be_copied(page: Path) -> None:
+    """Links and files exist (`mkdocs build --strict` looks at the anchors); blocks of commands hold no prompt.
+
+    A page includes nothing, so that it reads the same on the repository's site.
+    """
+    written = page.read_text()
     for link in links_in(page):
         target = link.partition("#")[0]
         # A notebook's page is made when the site is built.
         target = re.sub(r"notebooks/(.+)\.md$", r"notebooks/\1.ipynb", target)
         assert not target or (page.parent / target).is_file(), link
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
-def test_named_files_exist(page: Path) -> None:
-    """Each file of the repository that a page names in passing is there."""
-    for path in re.findall(r"`((?:tests|docs|examples|scripts|src)/[\w./-]+)`", page.read_text()):
+    for path in re.findall(r"`((?:tests|docs|examples|scripts|src)/[\w./-]+)`", written):
         assert (ROOT / path).exists(), path
+    assert re.findall(r"^ *(?:\$ |>>> |--8<--|;--8<--).*", written, re.MULTILINE) == []
+    assert re.findall(r"^ *```(?:console|shell-session|pycon|mermaid)", written, re.MULTILINE) == []
 
 
 class _Loader(yaml.SafeLoader):
@@ -114,22 +112,18 @@ def test_nav_covers_every_page() -> None:
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("name", StoreSettings.model_fields)
-def test_setting_is_documented(name: str) -> None:
-    [row] = [line for line in reference("settings").splitlines() if line.startswith(f"| `{name.upper()}` |")]
-    default = StoreSettings.model_fields[name].default
-    words = ((None, "none"), (True, "`true`"), (False, "`false`"))
-    shown = next((word for value, word in words if default is value), None)
+def test_settings_are_documented() -> None:
+    """Each has its row with its default, and no other is invented."""
+    page = reference("settings")
+    assert sorted(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE)) == sorted(
+        map(str.upper, StoreSettings.model_fields)
+    )
+    for name, field in StoreSettings.model_fields.items():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name.upper()}` |")]
+        words = ((None, "none"), (True, "`true`"), (False, "`false`"))
+        shown = next((word for value, word in words if field.default is value), f"`{field.default}`")
 
-    if StoreSettings.model_fields[name].default_factory is None:
-        assert row.split(" | ")[1] == (shown or f"`{default}`")
-
-
-@pytest.mark.unit
-def test_no_setting_is_invented() -> None:
-    rows = re.findall(r"^\| `([A-Z_]+)` \|", reference("settings"), re.MULTILINE)
-
-    assert sorted(rows) == sorted(name.upper() for name in StoreSettings.model_fields)
+        assert field.default_factory or row.split(" | ")[1] == shown
 
 
 @pytest.mark.unit
@@ -152,19 +146,15 @@ def test_hooks_are_documented() -> None:
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_fields_are_documented() -> None:
+    for name in (
         *("ApiKey", "ApprovalRequest", "ApprovalResult", "ApprovalVote", "AuditEvent", "CallerIdentity", "IssuedKey"),
         *("NotificationDelivery", "ToolCall"),
-    ],
-)
-def test_fields_are_documented(name: str) -> None:
-    found = re.search(rf"^## {name}\n((?:(?!## ).*\n)*)", reference("models"), re.MULTILINE)
-
-    assert found is not None
-    for field in getattr(agent_gateway_store, name).model_fields:
-        assert f"`{field}`" in found[1], field
+    ):
+        found = re.search(rf"^## {name}\n((?:(?!## ).*\n)*)", reference("models"), re.MULTILINE)
+        assert found is not None
+        for field in getattr(agent_gateway_store, name).model_fields:
+            assert f"`{field}`" in found[1], field
 
 
 @pytest.mark.unit
@@ -206,25 +196,11 @@ def test_commands_are_documented() -> None:
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize(
-    "page", [*WRITTEN, *(ROOT / "examples").rglob("*.md")], ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_commands_can_be_copied(page: Path) -> None:
-    """Blocks of commands hold no prompt, and a page includes nothing, so it reads the same on the repository's site."""
-    written = page.read_text()
-
-    assert re.findall(r"^ *(?:\$ |>>> |--8<--|;--8<--).*", written, re.MULTILINE) == []
-    assert re.findall(r"^ *```(?:console|shell-session|pycon|mermaid)", written, re.MULTILINE) == []
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/tutorial/first-store.md", "docs/how-to/write-a-notifier.md"]
-)
-def test_first_pages_begin_with_a_clone(page: str) -> None:
+def test_first_pages_begin_with_a_clone() -> None:
     """What works before the package is on PyPI comes first, and the page says so."""
-    written = (ROOT / page).read_text()
+    for page in ("README.md", "docs/index.md", "docs/tutorial/first-store.md", "docs/how-to/write-a-notifier.md"):
+        written = (ROOT / page).read_text()
 
-    assert "not on PyPI yet" in written
-    first = next(line for line in re.findall(r"^```sh\n((?:.*\n)*?)```$", written, re.MULTILINE))
-    assert first.startswith("git clone https://github.com/agent-gateway-store/agent-gateway-store")
+        assert "not on PyPI yet" in written
+        first = next(line for line in re.findall(r"^```sh\n((?:.*\n)*?)```$", written, re.MULTILINE))
+        assert first.startswith("git clone https://github.com/agent-gateway-store/agent-gateway-store")

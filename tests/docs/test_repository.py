@@ -87,22 +87,15 @@ def test_actions_are_pinned(workflow: str) -> None:
 
 
 @pytest.mark.unit
-def test_hosted_docs_are_built_as_in_ci() -> None:
-    """Read the Docs installs the extra with MkDocs, builds the same site, and fails on a warning."""
+def test_hosted_docs_and_hooks_of_pre_commit_are_those_of_ci() -> None:
+    """Read the Docs builds the same site, and fails on a warning; the local hooks are the linters of CI."""
     config = load(".readthedocs.yaml")
+    [local] = [repo for repo in load(".pre-commit-config.yaml")["repos"] if repo["repo"] == "local"]
 
     assert config["version"] == 2
     assert config["python"]["install"] == [{"method": "pip", "path": ".", "extra_requirements": ["dev"]}]
     assert config["mkdocs"] == {"configuration": "mkdocs.yml", "fail_on_warning": True}
-
-
-@pytest.mark.unit
-def test_hooks_of_pre_commit_run_the_linters_of_ci() -> None:
-    """The local hooks are the programs of the environment, import-linter among them."""
-    [local] = [repo for repo in load(".pre-commit-config.yaml")["repos"] if repo["repo"] == "local"]
-
-    programs = {hook["entry"].split()[0] for hook in local["hooks"]}
-    assert programs == {"ruff", "mypy", "lint-imports"}
+    assert {hook["entry"].split()[0] for hook in local["hooks"]} == {"ruff", "mypy", "lint-imports"}
     assert all(hook["language"] == "system" for hook in local["hooks"])
 
 
@@ -144,16 +137,13 @@ def test_passes(of_session, of_test):
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_the_last_test_leaks_fails_the_run(tmp_path: Path, workers: int) -> None:
+def test_what_the_last_test_leaks_fails_the_run(tmp_path: Path) -> None:
     """What the fixtures hide from the garbage collector hides no leak, in a worker neither."""
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_leak.py").write_text(LEAKS)
+    command = [sys.executable, "-m", "pytest", "-q", "-n1", "-pno:cacheprovider"]
     ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", f"-n{workers}", "-pno:cacheprovider"),
-            *("-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path / "test_leak.py"),
-        ],
+        [*command, "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path / "test_leak.py"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,

@@ -17,15 +17,12 @@ from agent_gateway_store.console import create_console
 from builders import make_request
 
 URL = "http://console.test"
+Running = tuple[GatewayStore, Any]
 _CSRF = re.compile(r'name="csrf" value="(\w+)"')
 
 
 class Visitor:
-    """One person with a browser.
-
-    Attributes:
-        client: Speaks to the console; holds the cookies.
-    """
+    """One person with a browser; the client holds the cookies."""
 
     def __init__(self, app: Any, *, base: str = "", address: str = "192.0.2.1") -> None:
         transport = httpx.ASGITransport(app=app, client=(address, 1234), raise_app_exceptions=True)

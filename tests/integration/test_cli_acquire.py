@@ -6,12 +6,10 @@ import json
 from collections.abc import Callable
 
 import cli_helpers
-import pytest
 
 from commands import Outcome
 
 url, cli = cli_helpers.url, cli_helpers.cli
-pytestmark = pytest.mark.parametrize("url", ["postgres"], indirect=True)
 CALL = ("--caller", "backup", "--server", "disk", "--tool", "wipe", "--arguments", '{"name": "sdb"}')
 
 

@@ -15,7 +15,6 @@ from builders import make_request
 from commands import Outcome
 
 url, cli = cli_helpers.url, cli_helpers.cli
-pytestmark = pytest.mark.parametrize("url", ["postgres"], indirect=True)
 
 
 @pytest.fixture
@@ -28,13 +27,28 @@ def filled(cli: Callable[..., Outcome], url: str) -> Callable[..., Outcome]:
     return cli
 
 
-def test_list_and_show_tell_the_votes(filled: Callable[..., Outcome]) -> None:
-    listed = json.loads(filled("approvals", "list", "--json").out)["items"]
+def test_votes_are_listed_counted_and_exported(filled: Callable[..., Outcome], tmp_path: Path) -> None:
+    listed = filled("approvals", "list", "--json").json["items"]
     assert [[vote["channel"] for vote in each["votes"]] for each in listed] == [[], ["slack"]]
     assert "carla DENIED (slack)" in filled("approvals", "list", "--status", "denied").out
     approval_id = listed[1]["approval_id"]
-    assert json.loads(filled("approvals", "show", approval_id, "--json").out)["votes"][0]["approver_id"] == "carla"
+    assert filled("approvals", "show", approval_id, "--json").json["votes"][0]["approver_id"] == "carla"
     assert "carla DENIED (slack)" in filled("approvals", "show", approval_id).out
+
+    rows = filled("approvals", "stats", "--by", "status", "--json").json["items"]
+    assert {row["status"]: row["approvals"] for row in rows} == {"DENIED": 1, "PENDING": 1}
+    only = ("approvals", "stats", "--caller", "other", "--bucket", "1d", "--time-zone", "Asia/Kolkata", "--json")
+    (row,) = filled(*only).json["items"]
+    assert (row["bucket"][-6:], row["approvals"]) == ("+05:30", 1)
+    for service in ("approvals", "audit"):
+        wrong = filled(service, "stats", "--time-zone", "Nowhere")
+        assert (wrong.code, "time_zone must be the name of a zone" in wrong.err) == (2, True)
+
+    path = tmp_path / "a.jsonl"
+    assert filled("approvals", "export", str(path), "--status", "denied", "--json").json["rows"] == 1
+    assert json.loads(path.read_text())["votes"][0]["note"] == "No"
+    assert filled("approvals", "export", str(path)).code == 1
+    assert "2 approvals" in filled("approvals", "export", str(path), "--overwrite").out
 
 
 def test_a_call_that_was_not_stored_whole_says_so(cli: Callable[..., Outcome], url: str) -> None:
@@ -55,22 +69,3 @@ def test_a_call_that_was_not_stored_whole_says_so(cli: Callable[..., Outcome], u
         assert (said in outcome.err, "[cut: 1 more entries]" in json.dumps(json.loads(outcome.out))) == (True, True)
     assert f"Approval {whole}" not in cli("approvals", "list").out
     assert CUT_CALL not in cli("approvals", "show", whole).out
-
-
-def test_counts(filled: Callable[..., Outcome]) -> None:
-    rows = json.loads(filled("approvals", "stats", "--by", "status", "--json").out)["items"]
-    assert {row["status"]: row["approvals"] for row in rows} == {"DENIED": 1, "PENDING": 1}
-    only = ("approvals", "stats", "--caller", "other", "--bucket", "1d", "--time-zone", "Asia/Kolkata", "--json")
-    (row,) = json.loads(filled(*only).out)["items"]
-    assert (row["bucket"][-6:], row["approvals"]) == ("+05:30", 1)
-    for service in ("approvals", "audit"):
-        wrong = filled(service, "stats", "--time-zone", "Nowhere")
-        assert (wrong.code, "time_zone must be the name of a zone" in wrong.err) == (2, True)
-
-
-def test_export(filled: Callable[..., Outcome], tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    assert json.loads(filled("approvals", "export", str(path), "--status", "denied", "--json").out)["rows"] == 1
-    assert json.loads(path.read_text())["votes"][0]["note"] == "No"
-    assert filled("approvals", "export", str(path)).code == 1
-    assert "2 approvals" in filled("approvals", "export", str(path), "--overwrite").out

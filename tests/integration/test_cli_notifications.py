@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from uuid import UUID
 
 import cli_helpers
 import pytest
@@ -15,7 +14,6 @@ import servers
 from commands import Outcome, process
 
 url, cli = cli_helpers.url, cli_helpers.cli
-pytestmark = pytest.mark.parametrize("url", ["postgres"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -66,19 +64,28 @@ def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome],
 
 
 def test_dead_letters_are_shown_and_redriven(url: str, cli: Callable[..., Outcome]) -> None:
-    """One by its id, or all; an id that is none of theirs ends with 4, and text that is no id with 2."""
+    """One by its id, or all; `doctor` tells of them, and of a notifier that is nowhere."""
     for number in range(3):
         ask(url, f"r-{number}")
     given_up = "UPDATE notification_deliveries SET status = 'DEAD', attempts = 15, last_error = 'OSError: gone'"
     servers.run(execute_on(url, given_up))
+    away = ask(url, "r-4")
+    servers.run(execute_on(url, "UPDATE notification_deliveries SET notifier = 'pager' WHERE status = 'DUE'"))
     listed = cli("notifications", "list", "--status", "DEAD")
-    first = cli("notifications", "list", "--json", "--limit", "1").json["items"][0]["delivery_id"]
+    examined = cli("doctor", "--json").json
+    first = cli("notifications", "list", "--json", "--status", "DEAD").json["items"][0]["delivery_id"]
     one = cli("notifications", "redrive", first)
     again = cli("notifications", "redrive", first)
     rest = cli("notifications", "redrive", "--notifier", "log", "--json")
 
     assert listed.out.count("OSError: gone") == 3
     assert "log: 0 wait (0 due), 3 dead" in listed.err
+    assert "pager: 1 wait (1 due), 0 dead; not loaded here" in listed.err
+    assert examined["notifications"] == {"waiting": 1, "due": 1, "dead": 3, "not_loaded_here": ["pager"]}
+    assert [text for text in examined["warnings"] if "notice" in text] == [
+        "3 notices were given up: see `gateway-store notifications list --status DEAD`.",
+        "1 notices wait for the notifier pager, which is not loaded here: run a worker that has it.",
+    ]
     assert (one.code, one.out) == (0, "1 dead letters are due again.\n")
     again.assert_fails(4, "No dead letter has this id")
     assert rest.json == {"redriven": 2}
@@ -86,36 +93,7 @@ def test_dead_letters_are_shown_and_redriven(url: str, cli: Callable[..., Outcom
     cli("notifications", "redrive", "--notifier", "lag").assert_fails(4, "There is no notifier 'lag'", "log")
     assert cli("notifications", "run", "--once").out == "3 notices arrived.\n"
 
-
-def test_doctor_tells_of_dead_letters_and_of_notifiers_that_are_nowhere(
-    url: str,
-    cli: Callable[..., Outcome],
-) -> None:
-    for number in range(2):
-        ask(url, f"r-{number}")
-    servers.run(execute_on(url, "UPDATE notification_deliveries SET status = 'DEAD' WHERE id % 2 = 0"))
-    servers.run(execute_on(url, "UPDATE notification_deliveries SET notifier = 'pager' WHERE id % 2 = 1"))
-    examined = cli("doctor", "--json").json
-    listed = cli("notifications", "list")
-
-    assert examined["notifications"] == {"waiting": 1, "due": 1, "dead": 1, "not_loaded_here": ["pager"]}
-    assert [text for text in examined["warnings"] if "notice" in text] == [
-        "1 notices were given up: see `gateway-store notifications list --status DEAD`.",
-        "1 notices wait for the notifier pager, which is not loaded here: run a worker that has it.",
-    ]
-    assert "pager: 1 wait (1 due), 0 dead; not loaded here" in listed.err
-
-
-def test_a_decision_on_the_command_line_is_told_before_the_command_ends(
-    url: str,
-    cli: Callable[..., Outcome],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    approval_id = ask(url, "r-1")
-    cli("notifications", "run", "--once")
-    monkeypatch.setenv("NOTIFICATION_WORKER", "true")
-    assert cli("approvals", "deny", approval_id, "--approver", "alice").code == 0
-    rows = cli("notifications", "list", "--json").json["items"]
-
-    assert [(row["event"], row["status"]) for row in rows] == [("decision", "DELIVERED"), ("pending", "DELIVERED")]
-    assert UUID(rows[0]["approval_id"]) == UUID(approval_id)
+    # A decision on the command line is sent before the command ends.
+    assert cli("approvals", "deny", away, "--approver", "alice", NOTIFICATION_WORKER="true").code == 0
+    rows = cli("notifications", "list", "--json", "--approval", away).json["items"]
+    assert [(row["event"], row["status"]) for row in rows] == [("decision", "DELIVERED"), ("pending", "DUE")]

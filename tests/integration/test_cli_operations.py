@@ -43,33 +43,8 @@ def test_db_upgrade_current_check_and_sql(postgres_database: Callable[[], str]) 
     assert "risk_score" in changed.err
 
 
-def test_asking_about_a_database_that_is_not_there_does_not_make_it(tmp_path: Path) -> None:
-    """`db current`, `db check`, `db sql`, `plugins list` and `doctor` leave no file."""
-    assert gateway_store("db", "current").out.startswith("none (empty")
-    gateway_store("db", "check").assert_fails(1, "db upgrade")
-    assert "CREATE TABLE" in gateway_store("db", "sql").out
-    assert gateway_store("plugins", "list").code == 0
-    assert gateway_store("doctor").code == 0
-
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_plugins_are_listed_with_what_is_wrong_with_them() -> None:
-    """The bundled notifier is active; one that was asked for and is not installed is broken."""
-    (log,) = (item for item in gateway_store("plugins", "list", "--json").json["items"] if item["name"] == "log")
-    assert (log["distribution"], log["state"], log["error"]) == ("agent-gateway-store", "active", None)
-    assert log["hooks"] == ["gateway_store_register_notifiers"]
-
-    broken = gateway_store("plugins", "list", AGENT_GATEWAY_STORE_LOAD_PLUGINS="log,missing")
-
-    assert broken.code == 0
-    assert "missing" in broken.out
-    assert "broken" in broken.out
-    assert "no such plugin is installed" in broken.out
-
-
-def test_a_plugin_that_waits_for_its_settings_is_idle(tmp_path: Path) -> None:
-    """Whether it would offer a notifier or keep checkpoints; `plugins list` and `doctor` say the same."""
+def test_plugins_are_listed_with_what_is_wrong_with_them(tmp_path: Path) -> None:
+    """One that waits for its settings is idle, one that is not installed broken; `doctor` says the same."""
     set_up = {"WITNESS_FILE_PATH": str(tmp_path / "witness"), "AGENT_GATEWAY_STORE_WEBHOOK_URL": "https://a.example/x"}
     set_up["AGENT_GATEWAY_STORE_WEBHOOK_SECRETS"] = "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
     waiting = {"apprise": "idle", "log": "active", "slack": "idle", "webhook": "idle", "witness-file": "idle"}
@@ -78,9 +53,19 @@ def test_a_plugin_that_waits_for_its_settings_is_idle(tmp_path: Path) -> None:
         listed = {item["name"]: item for item in gateway_store("plugins", "list", "--json", **given).json["items"]}
         assert {name: item["state"] for name, item in listed.items() if name in states} == states
         assert all("it does nothing yet: set" in listed[name]["error"] for name in states if states[name] == "idle")
+        assert (listed["log"]["distribution"], listed["log"]["error"]) == ("agent-gateway-store", None)
+        assert listed["log"]["hooks"] == ["gateway_store_register_notifiers"]
 
         doctor = gateway_store("doctor", **given).out
         assert all(f"plugins {name} {state}" in " ".join(doctor.split()) for name, state in states.items())
+    broken = gateway_store("plugins", "list", AGENT_GATEWAY_STORE_LOAD_PLUGINS="log,missing")
+    assert broken.code == 0
+    assert all(words in broken.out for words in ("missing", "broken", "no such plugin is installed"))
+    # Nor did asking about a database that is not there make it.
+    assert gateway_store("db", "current").out.startswith("none (empty")
+    gateway_store("db", "check").assert_fails(1, "db upgrade")
+    assert "CREATE TABLE" in gateway_store("db", "sql").out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_role_that_may_not_delete_archives_no_approvals(limited_url: str) -> None:
@@ -154,7 +139,7 @@ def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.Fixtu
     assert servers.run(follow()) == (["r1", "r2", name, "new"], ["new"])
 
 
-def test_seed_reads_the_shipped_policy_file_and_is_safe_to_repeat() -> None:
+def test_seed_reads_a_policy_file_and_is_safe_to_repeat(tmp_path: Path) -> None:
     """dev-agent gets its role and trust level, and its key once."""
     policies = str(EXAMPLES / "policies" / "default.yaml")
 
@@ -171,13 +156,9 @@ def test_seed_reads_the_shipped_policy_file_and_is_safe_to_repeat() -> None:
     (item,) = gateway_store("keys", "list", "--json").json["items"]
     assert (item["caller_id"], item["role"], item["trust_level"]) == ("dev-agent", "developer", 2)
 
-
-def test_seed_takes_the_trust_level_from_the_file(tmp_path: Path) -> None:
-    policies = tmp_path / "policies.yaml"
-    policies.write_text("version: 1\nroles:\n  developer: {trust_level: HIGH}\n")
-
-    seeded = gateway_store("seed", "--policies", str(policies), "--json").json
-
+    own = tmp_path / "policies.yaml"
+    own.write_text("version: 1\nroles:\n  developer: {trust_level: HIGH}\n")
+    seeded = gateway_store("seed", "--policies", str(own), "--json", DATABASE_URL="sqlite:///own.db").json
     assert (seeded["created"], seeded["trust_level"], seeded["roles"]) == (True, 3, {"developer": "HIGH"})
     assert KEY.fullmatch(seeded["plaintext"])
 

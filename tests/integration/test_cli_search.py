@@ -49,9 +49,8 @@ def test_filters_are_combined_and_pages_lead_on(filled: Callable[..., Outcome]) 
     assert (other.code, "not of this listing" in other.err) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
+def test_a_wrong_option_is_a_usage_error() -> None:
+    for arguments, says in (
         (["search", "--since", "soon"], "since must be a time"),
         (["search", "--decision", "maybe"], "decision must be one of"),
         (["search", "--request-id", "r1", "--caller", "a"], "--request-id alone"),
@@ -60,19 +59,14 @@ def test_filters_are_combined_and_pages_lead_on(filled: Callable[..., Outcome]) 
         (["tail", "--status", "FINE"], "execution_status must be one of"),
         (["export", "x"], "does not say the format"),
         (["export", "x.jsonl", "--partition-by", "day"], "needs format"),
-    ],
-)
-def test_a_wrong_option_is_a_usage_error(tmp_path: Path, arguments: list[str], says: str) -> None:
-    """Exit code 2 and what is wrong."""
-    found = gateway_store("--database-url", f"sqlite:///{tmp_path}/cli.db", "audit", *arguments)
+    ):
+        found = gateway_store("audit", *arguments)
 
-    assert found.code == 2
-    assert says in " ".join(found.err.replace("│", " ").split())
-    assert "Traceback" not in found.err
+        assert (found.code, "Traceback" in found.err) == (2, False)
+        assert says in " ".join(found.err.replace("│", " ").split())
 
 
 def test_stats_are_a_table_or_json(filled: Callable[..., Outcome]) -> None:
-    """Grouped by several columns and by time, narrowed by filters."""
     rows = filled("audit", "stats", "--json", "--by", "caller_id", "--bucket", "1d", "--label", "PII").json["items"]
     table = filled("audit", "stats", "--by", "decision")
 
@@ -85,29 +79,29 @@ def test_stats_are_a_table_or_json(filled: Callable[..., Outcome]) -> None:
 
 def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], tmp_path: Path) -> None:
     """JSONL, which `audit write` reads, too, and Parquet; nothing is stored twice or overwritten unasked."""
-    exported = filled("audit", "export", str(tmp_path / "e.jsonl.gz"), "--json", "--decision", "ALLOW")
+    file = str(tmp_path / "e.jsonl.gz")
+    exported = filled("audit", "export", file, "--json", "--decision", "ALLOW")
     filled("audit", "export", str(tmp_path / "days"), "--partition-by", "day")
-    again = filled("audit", "export", str(tmp_path / "e.jsonl.gz"))
 
     def other(*arguments: str) -> Outcome:
-        return gateway_store("--database-url", f"sqlite:///{tmp_path}/other.db", *arguments)
+        return gateway_store("--database-url", f"sqlite:///{tmp_path}/other.db", "audit", *arguments)
 
     assert (exported.code, exported.json["rows"], exported.json["files"]) == (0, 7, 1)
-    assert (again.code, again.err) == (
-        1,
-        (
-            f"{tmp_path}/e.jsonl.gz exists already: choose another name, or pass overwrite=True "
-            "(`--overwrite` on the command line).\n"
-        ),
-    )
-    assert other("audit", "import", str(tmp_path / "e.jsonl.gz")).out == "7 STORED\n"
-    assert other("audit", "import", str(tmp_path / "days"), "--json").json == {"DUPLICATE": 7, "STORED": 3}
-    assert len(ids(other("audit", "search", "--json"))) == 10
-    missing, malformed = other("audit", "import", "none.jsonl"), tmp_path / "bad.jsonl"
-    malformed.write_text(json.dumps({"secret": 1}))
-    bad = other("audit", "import", str(malformed))
-    assert (missing.code, missing.err) == (1, "none.jsonl does not exist: check the name.\n")
-    assert (bad.code, "Record 1 of" in bad.err, "Traceback" in bad.err) == (1, True, False)
+    filled("audit", "export", file).assert_fails(1, f"{file} exists already: choose another name", "`--overwrite`")
+    assert other("import", file).out == "7 STORED\n"
+    assert other("import", str(tmp_path / "days"), "--json").json == {"DUPLICATE": 7, "STORED": 3}
+    assert len(ids(other("search", "--json"))) == 10
+    other("import", "none.jsonl").assert_fails(1, "none.jsonl does not exist: check the name.")
+
+    # Past refused lines it goes on only if it may: the exit code says that something is missing.
+    path = tmp_path / "events.jsonl"
+    lines = [event_line(name, timestamp="2026-05-01T00:00:00Z") for name in ("n1", "n2")]
+    path.write_text("\n".join((lines[0], json.dumps({"secret": 1}), "{broken", lines[1])))
+    other("import", str(path)).assert_fails(1, "Record 2 of")
+    went_on = other("import", str(path), "--keep-going")
+    assert went_on.code == 1
+    assert all(words in went_on.err for words in ("Record 2", "Record 3", "2 records refused: the others are stored."))
+    assert len(ids(other("search", "--json"))) == 12
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(
@@ -149,19 +143,3 @@ def test_approvals_are_found_by_filters_and_tell_their_story(url: str, cli: Call
     assert "asked" in cli("approvals", "history", second).out
     assert cli("approvals", "history", "none").code == 4
     assert cli("approvals", "list", "--since", "soon").code == 2
-
-
-def test_an_import_goes_on_past_refused_lines_if_it_may(cli: Callable[..., Outcome], tmp_path: Path) -> None:
-    """Each is reported, the others are stored, and the exit code says that something is missing."""
-    path = tmp_path / "events.jsonl"
-    lines = [event_line(name, timestamp="2026-05-01T00:00:00Z") for name in ("r1", "r2")]
-    path.write_text("\n".join((lines[0], "{broken", lines[1])))
-
-    stopped = cli("audit", "import", str(path))
-    went_on = cli("audit", "import", str(path), "--keep-going")
-
-    stopped.assert_fails(1, "Record 2", "not JSON")
-    assert went_on.code == 1
-    assert "Record 2" in went_on.err
-    assert "1 record refused: the others are stored." in went_on.err
-    assert sorted(ids(cli("audit", "search", "--json"))) == ["r1", "r2"]

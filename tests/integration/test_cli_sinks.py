@@ -74,7 +74,8 @@ def test_once_ships_to_the_end(url: str, cli: Callable[..., Outcome], file: Path
     cli("audit", "ship", "nowhere", "--once").assert_fails(4, "No sink is named 'nowhere', there are 'file-sink'")
 
 
-@pytest.mark.parametrize(("url", "number"), [("sqlite", signal.SIGTERM), ("postgres", signal.SIGINT)], indirect=["url"])
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_shipping_cleanly(
     url: str, cli: Callable[..., Outcome], file: Path, number: signal.Signals
 ) -> None:

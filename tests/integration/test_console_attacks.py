@@ -11,17 +11,16 @@ from typing import Any
 
 import console_helpers
 import pytest
-from console_helpers import Visitor, console, key_of, signed_in, status, waiting
+from console_helpers import Running, Visitor, console, key_of, signed_in, status, waiting
 from pydantic import ValidationError
 
-from agent_gateway_store import ApprovalScope, GatewayStore, StoreSettings, ToolCall
+from agent_gateway_store import ApprovalScope, StoreSettings, ToolCall
 from agent_gateway_store.console import safety
 from agent_gateway_store.console.sessions import COOKIE
 from agent_gateway_store.models.approval import hash_approval
 from builders import make_event
 
 url, running = console_helpers.url, console_helpers.running
-Running = tuple[GatewayStore, Any]
 
 
 async def test_a_sign_in_that_was_written_by_somebody_else_opens_nothing(running: Running) -> None:
@@ -171,53 +170,34 @@ async def test_charts_are_of_their_own_store(running: Running, tmp_path: Path) -
     assert "only_here" not in there
 
 
-@pytest.mark.parametrize(
-    ("console_url", "origin"),
-    [
+async def test_forms_come_from_where_a_browser_says(url: str) -> None:
+    """By the console's address, which must be one that a browser sends."""
+    for console_url, origin in (
         ("https://gateway.example:443/console", "https://gateway.example"),
         ("http://gateway.example:80", "http://gateway.example"),
         ("https://gateway.example:8443", "https://gateway.example:8443"),
         ("https://xn--bcher-kva.example", "https://xn--bcher-kva.example"),
         ("http://my_host:8000", "http://my_host:8000"),
         ("http://[::1]:8765", "http://[::1]:8765"),
-    ],
-)
-async def test_forms_come_from_where_a_browser_says(url: str, console_url: str, origin: str) -> None:
-    async with console(url, console_url=console_url) as (store, app):
-        alice = Visitor(app)
-        answer = await alice.post("/login", {"key": await key_of(store)}, headers={"Origin": origin})
-
-    assert answer.status_code == 303
-
-
-@pytest.mark.parametrize(
-    "console_url",
-    ["https://bücher.example", "https://host:99999", "https://host:0", "https://host/con%20sole", "https://host//x"],
-)
-def test_an_address_that_no_browser_sends_is_refused(console_url: str) -> None:
-    with pytest.raises(ValidationError):
-        StoreSettings(console_url=console_url)
-
-
-async def test_a_long_note_of_any_alphabet_is_kept(running: Running) -> None:
-    store, app = running
-    request = await waiting(store)
-    alice = await signed_in(store, app)
-    note = "批准" * 10_000
-    answer = await alice.decide(request.approval_id, "approve", note)
-
-    assert answer.status_code == 303
-    assert (await store.approvals.get(approval_id=request.approval_id)).approver_note == note
+    ):
+        async with console(url, console_url=console_url) as (store, app):
+            key = await key_of(store, origin)
+            answer = await Visitor(app).post("/login", {"key": key}, headers={"Origin": origin})
+            assert answer.status_code == 303, console_url
+    for wrong in ("bücher.example", "host:99999", "host:0", "host/con%20sole", "host//x"):
+        with pytest.raises(ValidationError):
+            StoreSettings(console_url=f"https://{wrong}")
 
 
 async def test_the_second_click_is_no_conflict(running: Running) -> None:
-    """Of the same person with the same decision; another decision is one."""
+    """Of the same person with the same decision; another decision is one. A long note of any alphabet is kept."""
     store, app = running
-    request = await waiting(store)
+    request, note = await waiting(store), "批准" * 10_000
     alice = await signed_in(store, app)
-    answers = [await alice.decide(request.approval_id, each) for each in ("approve", "approve", "deny")]
+    answers = [await alice.decide(request.approval_id, each, note) for each in ("approve", "approve", "deny")]
 
     assert [each.status_code for each in answers] == [303, 303, 409]
+    assert (await store.approvals.get(approval_id=request.approval_id)).approver_note == note
 
 
 async def test_odd_addresses_are_not_there(running: Running) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import console_helpers
 import httpx
 import pytest
-from console_helpers import Visitor, key_of, signed_in, waiting
+from console_helpers import Running, Visitor, key_of, signed_in, waiting
 
-from agent_gateway_store import GatewayStore, ToolCall, clock
+from agent_gateway_store import ToolCall, clock
 from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.console.audit import FILTERS
 from agent_gateway_store.console.inbox import Watch
@@ -33,41 +33,31 @@ url, running = console_helpers.url, console_helpers.running
 HIDDEN = ("\u202e", "\u200b", "\u2066", "\ufeff", "\u00ad", "\U000e0041", "\u3164", "\x1b")
 
 
-async def test_arguments_and_reasons_of_several_lines_are_shown_as_such(running: tuple[GatewayStore, Any]) -> None:
-    """In the inbox and on the page of the approval; a line break inside a value is an escape."""
+async def test_arguments_and_reasons_of_several_lines_are_shown_as_such(running: Running) -> None:
+    """In the inbox and on the page of the approval; and the charts say how long approvals waited for a decision."""
     store, app = running
     call = ToolCall(server="files", tool="write", arguments={"path": "/srv/a", "text": "one\ntwo"})
     request = await waiting(store, tool_call=call, risk_explanation="writes a file\nwithout a copy")
+    denied = await waiting(store, tool_call=call, request_id="other")
+    await store.approvals.deny(approval_id=denied.approval_id, approver_id="bob")
     alice = await signed_in(store, app)
 
-    inbox, page = [(await alice.get(path)).text for path in ("/approvals", f"/approvals/{request.approval_id}")]
+    inbox, page, charts = [
+        (await alice.get(path)).text for path in ("/approvals", f"/approvals/{request.approval_id}", "/charts")
+    ]
 
     assert "<pre>{\n  &#34;path&#34;: &#34;/srv/a&#34;,\n  &#34;text&#34;: &#34;one\\ntwo&#34;\n}</pre>" in inbox
     for each in (inbox, page):
         assert "writes a file\nwithout a copy" in each
+    [row] = re.findall(r"<h2[^>]*>Approvals</h2>.*?<tbody><tr>(.*?)</tr>", charts, re.DOTALL)
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row)[:4] == ["2", "1", "1", "0"]
+    assert re.search(r'<td class="num">[0-9]+\.[0-9]</td>', row)
 
 
-async def test_the_charts_say_how_long_approvals_waited(running: tuple[GatewayStore, Any]) -> None:
-    """A row for each tool: what was asked, what waits, what was denied, and the median of the wait."""
-    store, app = running
-    alice = await signed_in(store, app)
-    await waiting(store)
-    denied = await waiting(store, request_id="other")
-    await store.approvals.deny(approval_id=denied.approval_id, approver_id="bob")
-
-    page = (await alice.get("/charts")).text
-    row = re.search(r"<h2[^>]*>Approvals</h2>.*?<tbody><tr>(.*?)</tr>", page, re.DOTALL)
-
-    assert row is not None
-    assert re.findall(r"<td[^>]*>(.*?)</td>", row[1])[:4] == ["2", "1", "1", "0"]
-    assert re.search(r'<td class="num">[0-9]+\.[0-9]</td>', row[1])
-
-
-async def test_nothing_becomes_markup_and_nothing_is_hidden(running: tuple[GatewayStore, Any]) -> None:
+async def test_nothing_becomes_markup_and_nothing_is_hidden(running: Running) -> None:
     """Every payload in every text of a request and an event: no page holds a tag of it, or an unseen character."""
     store, app = running
     alice = await signed_in(store, app)
-    plain = {path: tags(await text_of(alice, path)) for path in ("/approvals", "/audit")}
     texts_of = [*PAYLOADS, *(f"a{hidden}b" for hidden in HIDDEN)]
     # Several in one text, which is short enough to be shown whole as an id.
     for number in range(0, len(texts_of), 3):
@@ -95,7 +85,6 @@ async def test_nothing_becomes_markup_and_nothing_is_hidden(running: tuple[Gatew
         )
     for path in ("/approvals?status=ALL", "/audit"):
         harmless(await text_of(alice, path))
-    assert plain["/approvals"] <= tags(await text_of(alice, "/approvals?status=ALL")) | plain["/approvals"]
 
 
 async def text_of(visitor: Visitor, path: str) -> str:
@@ -110,27 +99,14 @@ def tags(text: str) -> set[str]:
     return set(re.findall(r"<(\w+)", text))
 
 
+OURS = """html head meta title link script body a header span nav form b small input button main p h1 h2 h3 section
+    div ol ul li dl dt dd pre code details summary time table thead tbody tr th td blockquote label
+    fieldset legend textarea"""
+
+
 def harmless(text: str, *, typed: bool = False) -> None:
     """Check that a page holds our elements and attributes alone, and no character that is not seen."""
-    ours = {"html", "head", "meta", "title", "link", "script", "body", "a", "header", "span", "nav", "form", "b"}
-    ours |= {"small", "input", "button", "main", "p", "h1", "h2", "h3", "section", "div", "ol", "ul", "li", "dl", "dt"}
-    ours |= {
-        "dd",
-        "pre",
-        "code",
-        "details",
-        "summary",
-        "time",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "blockquote",
-    }
-    ours |= {"label", "fieldset", "legend", "textarea"}
-    assert tags(text) <= ours
+    assert tags(text) <= set(OURS.split())
     assert len(re.findall("<script", text)) == 1
     assert not re.search(r"<[^>]*\s(?:on\w+|style|srcdoc|formaction)=", re.sub(r'"[^"]*"', '""', text))
     # A field of a form holds what was typed, as it was typed.
@@ -138,7 +114,7 @@ def harmless(text: str, *, typed: bool = False) -> None:
     assert all(each.isprintable() or each == "\n" for each in shown), [each for each in shown if not each.isprintable()]
 
 
-async def test_long_values_are_whole_on_the_page_of_their_approval_alone(running: tuple[GatewayStore, Any]) -> None:
+async def test_long_values_are_whole_on_the_page_of_their_approval_alone(running: Running) -> None:
     """There nothing is cut; lists, which hold many of them, show how they begin and lead there."""
     store, app = running
     alice = await signed_in(store, app)
@@ -167,7 +143,7 @@ async def test_long_values_are_whole_on_the_page_of_their_approval_alone(running
     assert "<dt><code>name 100" not in later
 
 
-async def test_a_call_that_was_not_stored_whole_says_so(running: tuple[GatewayStore, Any]) -> None:
+async def test_a_call_that_was_not_stored_whole_says_so(running: Running) -> None:
     """In the inbox and above the decision; nothing claims that all of it is there."""
     store, app = running
     arguments = {"sql": "SELECT 1; -- " + "harmless " * 8_000 + "\nDROP TABLE customers;"}
@@ -182,7 +158,7 @@ async def test_a_call_that_was_not_stored_whole_says_so(running: tuple[GatewaySt
 
 
 async def test_no_token_key_or_session_is_on_a_page_in_a_log_or_in_a_url(
-    running: tuple[GatewayStore, Any], caplog: pytest.LogCaptureFixture
+    running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sign-ins and decisions are logged with who did what, and no secret is."""
     caplog.set_level(logging.INFO, "agent_gateway_store.console")
@@ -205,7 +181,7 @@ async def test_no_token_key_or_session_is_on_a_page_in_a_log_or_in_a_url(
         assert words in caplog.text
 
 
-async def test_every_filter_of_search_is_in_the_form(running: tuple[GatewayStore, Any]) -> None:
+async def test_every_filter_of_search_is_in_the_form(running: Running) -> None:
     """A page for a wrong value says what is wrong and keeps what was typed."""
     from agent_gateway_store.audit.filters import Filters
 
@@ -226,7 +202,7 @@ async def test_every_filter_of_search_is_in_the_form(running: tuple[GatewayStore
     assert 'value="rm"' in unknown.text
 
 
-async def test_a_search_is_walked_page_by_page(running: tuple[GatewayStore, Any]) -> None:
+async def test_a_search_is_walked_page_by_page(running: Running) -> None:
     """The link to older events keeps the filters, and each event is on one page."""
     store, app = running
     await store.audit.write_many([make_event(caller_id="walker", session_id="s") for _ in range(120)])
@@ -247,7 +223,7 @@ async def test_a_search_is_walked_page_by_page(running: tuple[GatewayStore, Any]
 
 @pytest.mark.system
 @pytest.mark.parametrize("count", [500, pytest.param(5_000, marks=pytest.mark.slow)])
-async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[GatewayStore, Any], count: int) -> None:
+async def test_fuzzed_requests_are_never_an_error_of_ours(running: Running, count: int) -> None:
     """Whatever is sent, to every path, signed in or not: an answer below 500."""
     store, app = running
     request = await waiting(store)
@@ -276,11 +252,11 @@ async def test_fuzzed_requests_are_never_an_error_of_ours(running: tuple[Gateway
         assert answer.status_code < 500, (number, path, query, body, answer.text[:300])
 
 
-async def test_a_thousand_wait_and_each_is_reached(running: tuple[GatewayStore, Any]) -> None:
+async def test_a_hundred_and_twenty_wait_and_each_is_reached(running: Running) -> None:
     store, app = running
     async with store.database.sessions() as session, session.begin():
         session.add_all(
-            make_request(tool_call_hash="0" * 64, expires_at=clock.utc_now() + timedelta(hours=1)) for _ in range(1_000)
+            make_request(tool_call_hash="0" * 64, expires_at=clock.utc_now() + timedelta(hours=1)) for _ in range(120)
         )
     alice = await signed_in(store, app)
 
@@ -291,10 +267,10 @@ async def test_a_thousand_wait_and_each_is_reached(running: tuple[GatewayStore, 
         older = re.search(r'rel="next" href="([^"]+)"', body)
         path, count = html.unescape(older[1]) if older else "", count + 1
 
-    assert (len(found), count) == (1_000, 20)
+    assert (len(found), count) == (120, 3)
 
 
-async def test_the_version_of_a_list_changes_exactly_with_the_list(running: tuple[GatewayStore, Any]) -> None:
+async def test_the_version_of_a_list_changes_exactly_with_the_list(running: Running) -> None:
     """Browsers compare it in place of texts, whose length agents choose: no time that is left changes it."""
     store, app = running
     alice = await signed_in(store, app)
@@ -359,7 +335,7 @@ async def test_a_slow_read_for_one_organisation_holds_up_no_other() -> None:
     assert reads == ["slow", "quick"]
 
 
-async def test_events_tell_of_what_is_new(running: tuple[GatewayStore, Any]) -> None:
+async def test_events_tell_of_what_is_new(running: Running) -> None:
     """A page that saw another inbox is told so at once; who is not signed in is not."""
     store, app = running
     alice = await signed_in(store, app)

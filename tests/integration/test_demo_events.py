@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -23,14 +22,6 @@ KEYS = {"coding-agent": "k-1"}
 def calls() -> list[Call]:
     """A history that is large enough to see its habits."""
     return list(history(8_000, seed=7, end=END, keys=KEYS))
-
-
-@pytest.fixture
-def filled(tmp_path: Path) -> Iterator[tuple[SyncGatewayStore, dict[str, Any]]]:
-    """A store that the command filled, and what it said."""
-    said = gateway_store("demo", "--events", "1500", "--until", "2026-05-20T17:00:00", "--json").json
-    with SyncGatewayStore(f"sqlite:///{tmp_path}/gateway-demo.db") as store:
-        yield store, said
 
 
 def dumped(calls: list[Call]) -> list[Any]:
@@ -57,23 +48,17 @@ def test_the_same_seed_gives_the_same_history() -> None:
         assert not ids & {call.event.request_id for call in first}
 
 
-def test_the_history_is_complete_and_in_order(calls: list[Call]) -> None:
-    """So many calls, oldest first, in the two weeks before the end, each with an id of its own."""
-    times = [call.event.timestamp for call in calls]
-
-    assert len(calls) == len({call.event.request_id for call in calls}) == 8_000
+def test_there_is_something_to_find(calls: list[Call]) -> None:
+    """Office hours, nights that are busy, a policy that changed; calls in order, each with an id of its own."""
+    events = [call.event for call in calls]
+    times = [event.timestamp for event in events]
+    assert len(events) == len({event.request_id for event in events}) == 8_000
     assert times == sorted(times)
     assert END - timedelta(days=DAYS) <= times[0] <= times[-1] <= END
-
-
-def test_there_is_something_to_find(calls: list[Call]) -> None:
-    """Office hours, nights that are busy, a burst of denials of one caller, a slow database, a policy that changed."""
-    events = [call.event for call in calls]
     hours = Counter(event.timestamp.hour for event in events if event.caller_id == "coding-agent")
     assert hours[10] > 10 * hours[3]
     nights = Counter(event.timestamp.hour for event in events if event.caller_id == "reporting-agent")
     assert nights[2] > 5 * nights[12]
-
     exports = [e for e in events if e.tool_name == "export_contacts" and "PROBING" not in e.risk_labels]
     asked = [event.timestamp for event in exports if event.decision == "APPROVAL_REQUIRED"]
     assert asked
@@ -97,34 +82,26 @@ def test_approvals_tell_the_same_as_their_events(calls: list[Call]) -> None:
             assert vote.decision == ("DENIED" if request.status == "DENIED" else "APPROVED")
 
 
-def test_the_command_fills_a_store(filled: tuple[SyncGatewayStore, dict[str, Any]]) -> None:
-    """Events as its summary says, approvals that pages show, keys, and four approvals that can be decided now."""
-    store, said = filled
+def test_the_command_fills_a_store(tmp_path: Path) -> None:
+    """Events as its summary says, approvals that pages show, keys, and four approvals that can be decided now; once."""
+    fill = ("demo", "--events", "1500", "--until", "2026-05-20T17:00:00", "--json")
+    said = gateway_store(*fill).json
 
-    assert said["events"] == {"STORED": 1500}
-    assert (said["until"], said["since"]) == ("2026-05-20T17:00:00+00:00", "2026-05-06T17:00:00+00:00")
-    events = store.audit.list_recent(2_000)
-    assert len(events) == 1500
-    assert all(later.timestamp >= sooner.timestamp for later, sooner in pairwise(events))
-    asked = {event.request_id for event in events if event.decision == "APPROVAL_REQUIRED"}
-    history = [each for each in store.approvals.list_requests(limit=500) if each.status != "PENDING"]
-    assert {each.request_id for each in history} == asked
-    assert len(asked) == said["approvals"]
-    waiting = store.approvals.list_requests("PENDING")
-    assert len(waiting) == said["pending"] == 4
-    assert store.approvals.approve(approval_id=waiting[0].approval_id, approver_id="alice").status == "APPROVED"
-    assert {key.caller_id for key in store.keys.list()} == {event.caller_id for event in events}
-
-
-def test_filling_twice_doubles_nothing(filled: tuple[SyncGatewayStore, dict[str, Any]]) -> None:
-    """The same history is known; no event and no approval is written a second time."""
-    store, _ = filled
-    before = (len(store.audit.list_recent(5_000)), len(store.approvals.list_requests(limit=500)))
-
-    again = gateway_store("demo", "--events", "1500", "--until", "2026-05-20T17:00:00", "--json").json
-
-    assert again["events"] == {"DUPLICATE": 1500}
-    assert (len(store.audit.list_recent(5_000)), len(store.approvals.list_requests(limit=500))) == before
+    with SyncGatewayStore(f"sqlite:///{tmp_path}/gateway-demo.db") as store:
+        assert said["events"] == {"STORED": 1500}
+        assert (said["until"], said["since"]) == ("2026-05-20T17:00:00+00:00", "2026-05-06T17:00:00+00:00")
+        assert gateway_store(*fill).json["events"] == {"DUPLICATE": 1500}
+        events = store.audit.list_recent(2_000)
+        assert len(events) == 1500
+        assert all(later.timestamp >= sooner.timestamp for later, sooner in pairwise(events))
+        asked = {event.request_id for event in events if event.decision == "APPROVAL_REQUIRED"}
+        history = [each for each in store.approvals.list_requests(limit=500) if each.status != "PENDING"]
+        assert {each.request_id for each in history} == asked
+        assert len(history) == len(asked) == said["approvals"]
+        waiting = store.approvals.list_requests("PENDING")
+        assert len(waiting) == said["pending"] == 4
+        assert store.approvals.approve(approval_id=waiting[0].approval_id, approver_id="alice").status == "APPROVED"
+        assert {key.caller_id for key in store.keys.list()} == {event.caller_id for event in events}
 
 
 def test_it_tells_people_what_to_do_next() -> None:
@@ -154,20 +131,14 @@ def test_the_end_may_be_a_time_or_so_long_ago() -> None:
     assert now - hour < last <= datetime.now(UTC)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
+def test_a_wrong_end_is_refused() -> None:
+    for options, words in (
         (("--events", "0"), ("--events",)),
         (("--events", "10", "--until", "soon"), ("--until", "2026-05-01T12:00Z", "24h")),
-        (("--events", "10", "--until", "0001-01-01"), ("--until", "1970")),
-        (("--events", "10", "--until", "99999999w"), ("--until", "1970")),
-        (("--events", "10", "--until", "9999-12-31T23:59"), ("--until", "9998")),
         (("--until", "24h"), ("--until", "--events")),
-    ],
-)
-def test_a_wrong_end_is_refused(options: tuple[str, ...], words: tuple[str, ...]) -> None:
-    outcome = gateway_store("demo", *options)
+    ):
+        outcome = gateway_store("demo", *options)
 
-    assert outcome.code == 2
-    assert [word for word in words if word not in outcome.err] == []
+        assert outcome.code == 2
+        assert [word for word in words if word not in outcome.err] == []
     assert not Path("gateway-demo.db").exists()

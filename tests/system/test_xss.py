@@ -163,10 +163,8 @@ CHARTS: dict[str, Callable[[Any], Any]] = {
     "timeline": lambda frame: plot.timeline(frame.assign(decision=pd.Series(PAYLOADS, dtype="object")), title=TITLE),
     "calls": lambda frame: plot.calls(frame, title=TITLE),
     "latency": lambda frame: plot.latency(frame, title=TITLE),
-    "latency-by": lambda frame: plot.latency(frame, by="tool_name"),
     "latency-stats": lambda _: plot.latency(stats(), title=TITLE),
     "risk": lambda frame: plot.risk(frame, title=TITLE),
-    "risk-stats": lambda _: plot.risk(stats()),
     "waiting": lambda _: plot.waiting(Page([approval(payload) for payload in PAYLOADS]), title=TITLE),
     "empty": lambda frame: plot.calls(frame[:0], title=TITLE),
 }

@@ -91,38 +91,35 @@ def test_a_call_that_was_not_stored_whole_says_so(store: SyncGatewayStore) -> No
 
 
 def test_a_refresh_shows_what_came(store: SyncGatewayStore) -> None:
-    shown: Any = inbox(store, approver="alice")
-    assert shown.items == []
-    for name in ("a.txt", "b.txt"):
-        store.approvals.issue_token(request(name))
+    """To a bound store what came to its organisation; with a table for where widgets are off."""
+    shown, bound = (inbox(each, approver="alice") for each in (store, store.for_org("acme")))
+    assert shown.items == []  # type: ignore[attr-defined]
+    for name, org_id in (("a.txt", "acme"), ("b.txt", "other")):
+        store.approvals.issue_token(request(name, org_id=org_id))
+    a, b = (f'{{\n  "path": "{name}.txt"\n}}' for name in "ab")
 
-    click(shown, do="refresh")
+    for each, found in ((shown, [b, a]), (bound, [a])):
+        click(each, do="refresh")
+        assert [item["arguments"] for item in each.items] == found  # type: ignore[attr-defined]
+    data, _ = bound._repr_mimebundle_()  # type: ignore[attr-defined]
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert "store.approvals.approve(" in data["text/html"]
+    assert data["text/plain"].startswith("1 waiting for alice\nstore.approvals.approve(")
+    for blank in ("", " \t", "\u200b"):
+        with pytest.raises(ValueError, match="approver must not be empty"):
+            inbox(store, approver=blank)
 
-    assert [item["arguments"] for item in shown.items] == ['{\n  "path": "b.txt"\n}', '{\n  "path": "a.txt"\n}']
-    assert shown.looked_at
 
-
-@pytest.mark.parametrize(
-    "message",
-    [{}, {"do": "drop"}, {"do": "approve"}, {"do": "approve", "approval_id": "x"}, {"do": "deny", "approval_id": [1]}],
-)
-def test_a_strange_message_decides_nothing(message: dict[str, Any], store: SyncGatewayStore) -> None:
+def test_a_strange_message_decides_nothing(store: SyncGatewayStore) -> None:
     token = store.approvals.issue_token(request())
     shown: Any = inbox(store, approver="alice")
+    strange: list[dict[str, Any]] = [{}, {"do": "drop"}, {"do": "approve"}, {"do": "approve", "approval_id": "x"}]
 
-    replies = click(shown, **message)
-
-    assert replies
-    assert store.approvals.check_token(token, fresh=True).status == "PENDING"
-
-
-def test_a_message_that_is_no_object_is_harmless(store: SyncGatewayStore) -> None:
-    shown: Any = inbox(store, approver="alice")
-    shown.send = lambda _: None
-
+    for message in (*strange, {"do": "deny", "approval_id": [1]}):
+        assert click(shown, **message)
     shown._handle_custom_msg("approve", [])
 
-    assert shown.said == []
+    assert store.approvals.check_token(token, fresh=True).status == "PENDING"
 
 
 async def test_an_asynchronous_store_is_awaited_in_its_own_loop(awaited: GatewayStore) -> None:
@@ -178,30 +175,6 @@ def test_the_plain_table_has_calls_to_copy(store: SyncGatewayStore) -> None:
     result = store.approvals.check_token(token, fresh=True)
     assert (result.status, result.approver_id) == ("APPROVED", "o'neil")
     assert f"store.approvals.deny(approval_id=&quot;{asked.approval_id}&quot;" in html
-
-
-def test_a_widget_carries_the_table_for_where_widgets_are_off(store: SyncGatewayStore) -> None:
-    store.approvals.issue_token(request())
-    data, _ = inbox(store, approver="alice")._repr_mimebundle_()  # type: ignore[attr-defined]
-
-    assert "application/vnd.jupyter.widget-view+json" in data
-    assert "store.approvals.approve(" in data["text/html"]
-    assert data["text/plain"].startswith("1 waiting for alice\nstore.approvals.approve(")
-
-
-def test_a_bound_store_shows_its_own_organisation(store: SyncGatewayStore) -> None:
-    store.approvals.issue_token(request("a.txt", org_id="acme"))
-    store.approvals.issue_token(request("b.txt", org_id="other"))
-
-    shown: Any = inbox(store.for_org("acme"), approver="alice")
-
-    assert [item["arguments"] for item in shown.items] == ['{\n  "path": "a.txt"\n}']
-
-
-def test_a_nameless_approver_is_refused(store: SyncGatewayStore) -> None:
-    for blank in ("", " \t", "\u200b"):
-        with pytest.raises(ValueError, match="approver must not be empty"):
-            inbox(store, approver=blank)
 
 
 def test_without_widgets_the_extra_is_named(store: SyncGatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:

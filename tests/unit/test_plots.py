@@ -97,9 +97,9 @@ def test_the_timeline_of_stats_keeps_their_buckets() -> None:
     assert len(rows_of(many)) < 130
 
 
-@pytest.mark.parametrize(
-    ("span", "least", "step"),
-    [
+def test_a_bucket_suits_the_span() -> None:
+    """About a hundred of them, of a length that people use, and a multiple of what there is."""
+    for span, least, step in (
         (timedelta(), None, timedelta(seconds=1)),
         (timedelta(hours=2), None, timedelta(minutes=1)),
         (timedelta(days=14), None, timedelta(hours=3)),
@@ -108,11 +108,8 @@ def test_the_timeline_of_stats_keeps_their_buckets() -> None:
         (timedelta(days=3_000), None, timedelta(days=28)),
         (timedelta(days=60_000), None, timedelta(days=364)),
         (timedelta(minutes=5), timedelta(minutes=7), timedelta(days=7)),
-    ],
-)
-def test_a_bucket_suits_the_span(span: timedelta, least: timedelta | None, step: timedelta) -> None:
-    """About a hundred of them, of a length that people use, and a multiple of what there is."""
-    assert step_for(span, least) == step
+    ):
+        assert step_for(span, least) == step
 
 
 def test_calls_are_counted_by_tool_and_caller() -> None:
@@ -133,31 +130,20 @@ def test_calls_are_counted_by_tool_and_caller() -> None:
 
 
 def test_latency_draws_what_ran() -> None:
-    """Calls that were refused took no time; every other is in one bin; the percentiles are in the subtitle."""
+    """Calls that were refused took no time; every other is in one bin; groups have a line each, of events or stats."""
     chart = plot.latency(events())
+    by_events = plot.latency(events(), by="tool_name")
+    by_stats = plot.latency(
+        Stats([{"tool_name": f"tool_{n}", "calls": 3} | LATENCIES for n in range(3)], by="tool_name")
+    )
 
     assert sum(row["count"] for row in rows_of(chart) if "count" in row) == 40
     ran = pd.Series([number for number in range(48) if number % 6])
     assert f"40 calls that ran: p50 {ran.quantile(0.5):,.0f} ms, p95 {ran.quantile(0.95):,.0f} ms" in said(chart)
-
-
-@pytest.mark.parametrize(
-    "chart",
-    [
-        lambda: plot.latency(events(), by="tool_name"),
-        lambda: plot.latency(
-            Stats([{"tool_name": f"tool_{n}", "calls": 3} | LATENCIES for n in range(3)], by="tool_name"),
-        ),
-    ],
-    ids=["events", "stats"],
-)
-def test_latency_of_groups(chart: Any) -> None:
-    rows = [row for row in rows_of(chart()) if "percentile" in row]
-
-    assert {(row["group"], row["percentile"]) for row in rows} == {
-        (f"tool_{number}", name) for number in range(3) for name in ("p50", "p95", "p99")
-    }
-    assert said(chart()).startswith("Latency by tool_name | p50, p95 and p99 in milliseconds")
+    lines = {(f"tool_{number}", name) for number in range(3) for name in ("p50", "p95", "p99")}
+    for grouped in (by_events, by_stats):
+        assert {(row["group"], row["percentile"]) for row in rows_of(grouped) if "percentile" in row} == lines
+        assert said(grouped).startswith("Latency by tool_name | p50, p95 and p99 in milliseconds")
 
 
 def test_risk_counts_a_call_under_each_of_its_labels() -> None:
@@ -204,15 +190,14 @@ def test_nothing_to_draw_is_said() -> None:
 
 def test_many_events_make_a_small_chart() -> None:
     """Altair refuses more than 5,000 rows of its own: what is drawn was counted before."""
-    count = 20_000
     frame = pd.DataFrame(
         {
-            "timestamp": [START + timedelta(seconds=37 * number) for number in range(count)],
+            "timestamp": [START + timedelta(seconds=37 * number) for number in range(6_000)],
             "decision": "ALLOW",
-            "caller_id": [f"caller_{number % 300}" for number in range(count)],
-            "tool_name": [f"tool_{number % 700}" for number in range(count)],
-            "risk_labels": [[f"label_{number % 90}"] for number in range(count)],
-            "latency_ms": range(count),
+            "caller_id": [f"caller_{number % 300}" for number in range(6_000)],
+            "tool_name": [f"tool_{number % 700}" for number in range(6_000)],
+            "risk_labels": [[f"label_{number % 90}"] for number in range(6_000)],
+            "latency_ms": range(6_000),
         }
     )
 
@@ -242,38 +227,13 @@ def test_text_of_the_data_is_neither_markup_nor_a_field_name() -> None:
         assert "x3c/script>" in text
 
 
-def test_labels_that_are_cut_say_so() -> None:
-    """A line tells what shows the whole; the data, and so the tooltip, has it; names that begin alike stay two."""
-    ran: Any = {"execution_status": "SUCCESS"}
-    long = ["a" * 40, "W" * 25, "\u5de5" * 25]
-    pages = [
-        Page(
-            make_event(tool_name=f"{name}{n}", caller_id=f"{name}{n}", risk_labels=[f"{name}{n}"], **ran) for n in "01"
-        )
-        for name in long
-    ]
-    short = Page([make_event(tool_name="read_file", execution_status="SUCCESS", risk_labels=["PII"])])
-
-    for draw in (plot.calls, plot.risk, lambda page: plot.latency(page, by="tool_name")):
-        for name, page in zip(long, pages, strict=True):
-            chart = draw(page)
-            assert "… marks labels that are cut" in chart.to_dict()["title"]["subtitle"][-1]
-            assert {f"{name}0", f"{name}1"} <= {value for row in rows_of(chart) for value in row.values()}
-        assert "…" not in str(draw(short).to_dict()["title"])
-
-
-def test_what_is_missing_is_named() -> None:
-    """The error says which column a plot needs, and which there are."""
+async def test_what_is_missing_is_named() -> None:
+    """The column that a plot needs, and what to write for an asynchronous store or what was not awaited."""
     with pytest.raises(ValueError, match="needs decision; the result has timestamp"):
         plot.timeline(events().to_pandas()[["timestamp"]])
     with pytest.raises(ValueError, match=r"needs groups: store\.audit\.stats"):
         plot.latency(Stats([{"calls": 1} | LATENCIES]))
-
-
-async def test_an_asynchronous_store_must_be_awaited() -> None:
-    """A plot cannot wait, so it says what to write, for the store and for what was not awaited."""
     store = GatewayStore("sqlite://")
-
     with pytest.raises(TypeError, match=r"write: plot\.calls\(await store\.audit\.stats"):
         plot.calls(store)
     with pytest.raises(TypeError, match=r"not awaited; write: plot\.timeline\(await"):
@@ -282,13 +242,13 @@ async def test_an_asynchronous_store_must_be_awaited() -> None:
         plot.risk(5)
 
 
-@pytest.mark.parametrize("missing", ["altair", "pandas"])
-def test_a_missing_library_names_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     page = events()
-    monkeypatch.setitem(sys.modules, missing, None)
-
-    with pytest.raises(MissingExtraError, match=r"agent-gateway-store\[notebook\]"):
-        plot.calls(page)
+    for missing in ("altair", "pandas"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, missing, None)
+            with pytest.raises(MissingExtraError, match=r"agent-gateway-store\[notebook\]"):
+                plot.calls(page)
 
 
 @pytest.mark.parametrize(("chosen", "kept"), [("default", "svg"), ("json", "json")])

@@ -8,7 +8,7 @@ from uuid import uuid4
 import typer
 
 from agent_gateway_store._text import CUT_CALL, is_blank
-from agent_gateway_store.cli.audit import BucketOption, ZoneOption, filter_options, print_stats
+from agent_gateway_store.cli.audit import add_stats, filter_options
 from agent_gateway_store.cli.context import in_store, json_object, read_store
 from agent_gateway_store.cli.errors import ExitCode
 from agent_gateway_store.cli.export_import import add_export
@@ -59,13 +59,7 @@ _OPTIONS: dict[str, tuple[str, str]] = {
 }
 
 
-def _check(filters: dict[str, Any]) -> None:
-    from agent_gateway_store.approval.filters import criteria
-
-    criteria(filters)
-
-
-filtered = filter_options(_OPTIONS, _check, capitals=("status",))
+filtered = filter_options(_OPTIONS, "approval", capitals=("status",))
 
 
 @app.command("list")
@@ -96,25 +90,13 @@ def _warn(found: Iterable[ApprovalRequest], *, as_json: bool) -> None:
             (complain if as_json else say)(f"Approval {each.approval_id}: {CUT_CALL}")
 
 
-@app.command()
-@filtered
-def stats(
-    ctx: typer.Context,
-    filters: dict[str, Any],
-    by: Annotated[
-        list[str] | None,
-        typer.Option(help="status, outcome, caller_id, tool_name, approver_id, weekday, ... (several times)."),
-    ] = None,
-    bucket: BucketOption = None,
-    time_zone: ZoneOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Count approvals, and how many seconds they waited for a decision (percentiles)."""
-    from agent_gateway_store.approval.reports import GROUPS
-
-    print_stats(ctx, "approvals", by, bucket, time_zone, groups=GROUPS, filters=filters, as_json=json)
-
-
+add_stats(
+    app,
+    "approvals",
+    filtered,
+    groups="approval.reports",
+    help="Count approvals, and how many seconds they waited for a decision (percentiles).",
+)
 add_export(
     app,
     "approvals",
@@ -176,14 +158,14 @@ def acquire(
         required_approvals=approvals,
     )
     result = in_store(ctx, lambda store: store.approvals.acquire(request, bind=bind, wait_s=wait))
-    texts = {
-        ApprovalStatus.USED: f"Approval {result.approval_id} released the call: run it now, once.",
-        ApprovalStatus.PENDING: f"Approval {result.approval_id} is PENDING: run this command again after the decision.",
+    outcomes = {
+        ApprovalStatus.USED: (ExitCode.OK, "released the call: run it now, once."),
+        ApprovalStatus.PENDING: (ExitCode.PENDING, "is PENDING: run this command again after the decision."),
     }
-    refused = f"Approval {result.approval_id} is {result.status}: the call must not run."
-    print_result(to_dict(result), texts.get(result.status, refused), as_json=json)
-    codes = {ApprovalStatus.USED: ExitCode.OK, ApprovalStatus.PENDING: ExitCode.PENDING}
-    raise typer.Exit(codes.get(result.status, ExitCode.REFUSED))
+    refused = (ExitCode.REFUSED, f"is {result.status}: the call must not run.")
+    code, text = outcomes.get(result.status, refused)
+    print_result(to_dict(result), f"Approval {result.approval_id} {text}", as_json=json)
+    raise typer.Exit(code)
 
 
 def _add_decision(verb: Literal["approve", "deny"], *hidden: str) -> None:

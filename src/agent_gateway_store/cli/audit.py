@@ -7,13 +7,15 @@ import json as jsonlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from functools import wraps
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from agent_gateway_store._text import Shown, call_name, word
-from agent_gateway_store.cli.context import open_blocking_store, open_store, read_store, run
+from agent_gateway_store.cli.context import in_store, open_blocking_store, read_store
 from agent_gateway_store.cli.errors import CommandError, ExitCode, describe_validation
 from agent_gateway_store.cli.output import (
     JsonOption,
@@ -23,7 +25,6 @@ from agent_gateway_store.cli.output import (
     print_json,
     print_page,
     print_result,
-    reader_is_gone,
     say,
     to_dict,
     to_json,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 app = typer.Typer(name="audit", no_args_is_help=True, help="Write, find and follow audit events.")
 
 _HEADINGS = {"latency_p50_ms": "p50 ms", "latency_p95_ms": "p95 ms", "latency_p99_ms": "p99 ms"}
+GroupOption = Annotated[
+    list[str] | None,
+    typer.Option(help="caller_id, tool_name, weekday, ... (may be given several times); a wrong one names them all."),
+]
 BucketOption = Annotated[str | None, typer.Option(help="Length of time buckets: 15m, 1h, 1d, 1w.")]
 ZoneOption = Annotated[
     str | None, typer.Option(help="Whose hours and days these are, such as Europe/Berlin; default: UTC.")
@@ -75,22 +80,16 @@ _OPTIONS: dict[str, tuple[str, str]] = {
     "until": ("--until", "Before this time."),
     "text": ("--text", "Text in the tool name or the rationale, in upper or lower case."),
 }
-_CAPITALS = ("decision", "execution_status", "output_decision")
 # The other filters take several values.
 _SINGLE: dict[str, Any] = {"min_risk_score": float | None, **dict.fromkeys(("since", "until", "text"), str | None)}
-# Seconds. `audit tail | head` ends this long after `head`, which a person takes for at once.
-_READER_CHECK_S = 0.5
 
 
 def filter_options(
-    known: dict[str, tuple[str, str]], check: Callable[[dict[str, Any]], object], *, capitals: Sequence[str]
+    known: dict[str, tuple[str, str]], package: str, *, capitals: Sequence[str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return what gives a command an option for each filter; its argument `filters` receives those that were given.
+    """Return what gives a command an option for each known filter; its argument `filters` receives those given.
 
-    Args:
-        known: Filter to its option and the help of that.
-        check: Refuses wrong values before the store is opened, so that no database is needed to report them.
-        capitals: Filters whose values are words in capitals.
+    The package's `criteria` refuses wrong values before the store is opened; values of `capitals` are made capitals.
     """
 
     def filtered(command: Callable[..., None]) -> Callable[..., None]:
@@ -101,7 +100,7 @@ def filter_options(
                 filters[name] = [each.upper() for each in filters[name] or ()]
             filters = {name: value for name, value in filters.items() if value not in (None, [])}
             try:
-                check(filters)
+                import_module(f"agent_gateway_store.{package}.filters").criteria(filters, org_id=None)
             except ValueError as exc:
                 raise typer.BadParameter(str(exc)) from None
             command(*args, filters=filters, **given)
@@ -123,21 +122,11 @@ def filter_options(
     return filtered
 
 
-def _check(filters: dict[str, Any]) -> None:
-    from agent_gateway_store.audit.filters import criteria
-
-    criteria(filters, org_id=None)
-
-
-filtered = filter_options(_OPTIONS, _check, capitals=_CAPITALS)
+filtered = filter_options(_OPTIONS, "audit", capitals=("decision", "execution_status", "output_decision"))
 
 
 def require_none_lost(count: int) -> None:
-    """Check that no event was lost.
-
-    Raises:
-        CommandError: Some were.
-    """
+    """Raise CommandError if events were lost."""
     if count:
         raise CommandError(
             f"{count_text(count, 'event')} could not be stored: check the database with `gateway-store doctor`.",
@@ -210,21 +199,19 @@ def adopt(
 ) -> None:
     """Bring in events that wait in this machine's spool for another database, such as one that this replaces."""
 
-    async def work() -> dict[str, Any]:
+    async def work(store: GatewayStore) -> dict[str, Any]:
         from agent_gateway_store.audit.spool import Spool
         from agent_gateway_store.storage.identity import read_identity
 
-        store = open_store(ctx)
-        async with store:
-            engine = store.database.engine
-            spool = Spool(store.settings.audit_spool_path, engine.url, await read_identity(engine))
-            try:
-                adopted = await spool.adopt(target) if spool.exists else 0
-            finally:
-                await spool.close()
-            return {"adopted": adopted, "waiting": await store.audit.flush()}
+        engine = store.database.engine
+        spool = Spool(store.settings.audit_spool_path, engine.url, await read_identity(engine))
+        try:
+            adopted = await spool.adopt(target) if spool.exists else 0
+        finally:
+            await spool.close()
+        return {"adopted": adopted, "waiting": await store.audit.flush()}
 
-    found = run(work())
+    found = in_store(ctx, work)
     if not found["adopted"]:
         raise CommandError("No event waits for that: see `gateway-store doctor`.", ExitCode.NOT_FOUND)
     text = f"{count_text(found['adopted'], 'event')} taken over, {found['waiting']:,} still waiting."
@@ -262,53 +249,50 @@ def search(
         raise CommandError("No event has this request id: check it, and --org if you gave one.", ExitCode.NOT_FOUND)
 
 
-@app.command()
-@filtered
-def stats(
-    ctx: typer.Context,
-    filters: dict[str, Any],
-    by: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="caller_id, tool_name, decision, risk_label, hour_of_day, weekday, ... (may be given several times)."
-        ),
-    ] = None,
-    bucket: BucketOption = None,
-    time_zone: ZoneOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Count calls, denials, approvals and errors, with latency percentiles in milliseconds."""
-    from agent_gateway_store.audit.selects import GROUPS
-
-    print_stats(ctx, "audit", by, bucket, time_zone, groups=GROUPS, filters=filters, as_json=json)
-
-
-def print_stats(
-    ctx: typer.Context,
+def add_stats(
+    app: typer.Typer,
     service: Literal["audit", "approvals"],
-    by: list[str] | None,
-    bucket: str | None,
-    time_zone: str | None,
+    filtered: Callable[[Callable[..., None]], Callable[..., None]],
     *,
-    groups: Sequence[str],
-    filters: dict[str, Any],
-    as_json: bool,
+    groups: str,
+    help: str,  # noqa: A002  as Typer has it
 ) -> None:
-    """Print the counts of a service, after a check of its options that needs no database."""
-    from agent_gateway_store.results import Page
-    from agent_gateway_store.storage.grouping import grouping
+    """Add the command `stats` of a service, with the options of `filtered`, and the GROUPS of the module `groups`."""
 
-    try:
-        grouping(by, bucket, time_zone, groups)
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from None
-    options: dict[str, Any] = {"bucket": bucket, "time_zone": time_zone, **filters}
-    found = read_store(ctx, lambda store: getattr(store, service).stats(by, **options), as_json=as_json)
-    rows = [
-        {**row, "bucket": row["bucket"].isoformat().replace("+00:00", "Z")} if "bucket" in row else row for row in found
-    ]
-    columns = {name: _HEADINGS.get(name, name) for name in found.columns or ()}
-    print_page(Page(rows), columns=columns, as_json=as_json)
+    @app.command(help=help)
+    @filtered
+    def stats(
+        ctx: typer.Context,
+        filters: dict[str, Any],
+        by: GroupOption = None,
+        bucket: BucketOption = None,
+        time_zone: ZoneOption = None,
+        json: JsonOption = False,
+    ) -> None:
+        from agent_gateway_store.results import Page
+        from agent_gateway_store.storage.grouping import grouping
+
+        try:
+            grouping(by, bucket, time_zone, import_module(f"agent_gateway_store.{groups}").GROUPS)
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc)) from None
+        options: dict[str, Any] = {"bucket": bucket, "time_zone": time_zone, **filters}
+        found = read_store(ctx, lambda store: getattr(store, service).stats(by, **options), as_json=json)
+        rows = [dict(row) for row in found]
+        for row in rows:
+            if "bucket" in row:
+                row["bucket"] = row["bucket"].isoformat().replace("+00:00", "Z")
+        columns = {name: _HEADINGS.get(name, name) for name in found.columns or ()}
+        print_page(Page(rows), columns=columns, as_json=json)
+
+
+add_stats(
+    app,
+    "audit",
+    filtered,
+    groups="audit.selects",
+    help="Count calls, denials, approvals and errors, with latency percentiles in milliseconds.",
+)
 
 
 def _print_events(events: Page[AuditEvent]) -> None:
@@ -341,8 +325,6 @@ def tail(
     """Show the newest audit events, then new ones in the order of their commits, each once; Ctrl-C ends it."""
 
     async def work(store: GatewayStore) -> None:
-        import asyncio
-
         # First the cursor, then the list: what is committed between the two is in both, and shown once.
         start = (await store.audit.changes(**filters)).next_cursor
         first = await store.audit.search(limit=lines, **filters) if lines else []
@@ -350,24 +332,14 @@ def tail(
         if not follow or start is None:
             return
         shown = {event.id for event in first}
-
-        async def follow_on() -> None:
-            async for event in store.audit.follow(start=start, poll_s=interval, patience_s=patience, **filters):
+        following = store.audit.follow(start=start, poll_s=interval, patience_s=patience, **filters)
+        # It must not meet the store closed, where the reader of a pipe is gone.
+        async with aclosing(following):
+            async for event in following:
                 if event.id not in shown:
                     _print_lines([event], as_json=json)
 
-        following = asyncio.create_task(follow_on())
-        try:
-            while not (await asyncio.wait([following], timeout=_READER_CHECK_S))[0]:
-                if reader_is_gone():
-                    raise BrokenPipeError
-            await following
-        finally:
-            # It must not meet the store closed, after Ctrl-C for example.
-            following.cancel()
-            await asyncio.wait([following])
-
-    read_store(ctx, work, as_json=json, is_endless=True)
+    read_store(ctx, work, as_json=json)
 
 
 def _print_lines(events: Sequence[AuditEvent], *, as_json: bool) -> None:

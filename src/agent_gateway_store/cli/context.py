@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
-from agent_gateway_store.cli.errors import CommandError, ExitCode, explain
+from agent_gateway_store.cli.errors import CommandError, ExitCode
 from agent_gateway_store.cli.output import complain
 from agent_gateway_store.errors import GatewayStoreError
 
@@ -77,11 +77,7 @@ def _require_settings(file: Path) -> None:
 
 
 def open_store(ctx: typer.Context, *, settings: StoreSettings | None = None) -> GatewayStore:
-    """Return a store for `async with`, which opens it; bound to --org if it was given.
-
-    Args:
-        settings: Default: those of the global options.
-    """
+    """Return a store for `async with`, which opens it; bound to --org if it was given."""
     from agent_gateway_store.store import GatewayStore
 
     return _construct(ctx, GatewayStore, settings or settings_of(ctx))
@@ -122,11 +118,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 def in_store(
     ctx: typer.Context, call: Callable[[GatewayStore], Awaitable[T]], *, settings: StoreSettings | None = None
 ) -> T:
-    """Return what `call` returns, given a store that is open for this one call.
-
-    Args:
-        settings: Default: those of the global options.
-    """
+    """Return what `call` returns, given a store that is open for this one call."""
 
     async def work() -> T:
         async with open_store(ctx, settings=settings) as store:
@@ -140,16 +132,12 @@ def read_store(
     call: Callable[[GatewayStore], Awaitable[T]],
     *,
     as_json: bool,
-    is_endless: bool = False,
     settings: StoreSettings | None = None,
 ) -> T:
-    """Run a command that only reads as `in_store` does, and say on standard error which database it reads.
+    """Run a command that only reads as `in_store` does; unless for JSON, say on standard error which database it reads.
 
     It says, too, whether that database is new or empty: in another folder, or without DATABASE_URL, that is likely not
-    the one that was meant. For JSON it says nothing; nor where the call fails, unless nothing was found.
-
-    Args:
-        is_endless: Say it before the call, which prints by itself until somebody ends it.
+    the one that was meant.
     """
     from agent_gateway_store.settings import mask_url
 
@@ -157,32 +145,16 @@ def read_store(
     file = sqlite_file(chosen.database_url)
     is_new = file is not None and not file.exists()
 
-    async def name_database(store: GatewayStore) -> None:
+    async def work(store: GatewayStore) -> T:
         if not as_json:
             # An organisation may have nothing in a database that is the right one.
             is_empty = is_new or (options_of(ctx).org is None and await _is_empty(store))
-            complain(_reading(file or mask_url(chosen.database_url), is_new, is_empty))
-
-    async def work(store: GatewayStore) -> T:
-        if is_endless:
-            await name_database(store)
-            return await call(store)
-        try:
-            found = await call(store)
-        except GatewayStoreError as exc:
-            if explain(exc)[1] is ExitCode.NOT_FOUND:
-                await name_database(store)
-            raise
-        await name_database(store)
-        return found
+            state = f", which is {'new and empty' if is_new else 'empty'}"
+            another = f"{state}. --database-url or DATABASE_URL names another database" if is_empty else ""
+            complain(f"Reading {file or mask_url(chosen.database_url)}{another}.")
+        return await call(store)
 
     return in_store(ctx, work, settings=chosen)
-
-
-def _reading(name: object, is_new: bool, is_empty: bool) -> str:
-    state = "new and empty" if is_new else "empty"
-    another = f", which is {state}. --database-url or DATABASE_URL names another database" if is_empty else ""
-    return f"Reading {name}{another}."
 
 
 async def _is_empty(store: GatewayStore) -> bool:
@@ -201,11 +173,7 @@ def sqlite_file(url: str) -> Path | None:
 
 
 def choose(kind: type[E], text: str, option: str) -> E:
-    """Return the member of `kind` that `text` names, in any case.
-
-    Raises:
-        typer.BadParameter: There is none.
-    """
+    """Return the member of `kind` that `text` names, in any case; raise BadParameter if there is none."""
     try:
         return kind[text.upper()]
     except KeyError:
@@ -213,11 +181,7 @@ def choose(kind: type[E], text: str, option: str) -> E:
 
 
 def json_object(text: str, option: str) -> dict[str, Any]:
-    """Return the object that a JSON text holds.
-
-    Raises:
-        typer.BadParameter: It is not JSON, or holds something else.
-    """
+    """Return the object that a JSON text holds; raise BadParameter if it holds none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -228,11 +192,7 @@ def json_object(text: str, option: str) -> dict[str, Any]:
 
 
 def duration(text: str, option: str) -> timedelta:
-    """Return `90s`, `15m`, `24h`, `30d` or `2w` as a timedelta.
-
-    Raises:
-        typer.BadParameter: It is not a period, or longer than the databases can count back.
-    """
+    """Return `90s`, `15m`, `24h`, `30d` or `2w` as a timedelta; raise BadParameter if the databases cannot count it."""
     from agent_gateway_store.storage import filters
 
     try:

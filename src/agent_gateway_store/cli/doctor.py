@@ -35,14 +35,7 @@ _NOBODY_S = 3600.0
 
 @dataclass
 class Report:
-    """What was found.
-
-    Attributes:
-        facts: By subject, JSON values.
-        warnings: What works, but not as it should.
-        problems: What does not work.
-        code: The exit code of the process.
-    """
+    """What was found: facts by subject, what works not as it should, what does not work, and the exit code."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -33,12 +33,20 @@ class ExitCode(IntEnum):
     BROKEN_PIPE = 141
 
 
-class CommandError(Exception):
-    """A command cannot do what was asked.
+_CODES: dict[ExitCode, tuple[type[Exception], ...]] = {
+    ExitCode.USAGE: (errors.InvalidUrlError, errors.InvalidCursorError),
+    ExitCode.INTEGRITY: (errors.InvalidEvidenceError, errors.LogMismatchError, errors.ArchiveError),
+    ExitCode.NOT_FOUND: (
+        *(errors.ApprovalNotFoundError, errors.ApprovalExpiredError, errors.ApiKeyNotFoundError),
+        *(errors.AuditEventNotFoundError, errors.SinkNotFoundError, errors.HoldNotFoundError),
+    ),
+    ExitCode.UNAVAILABLE: (errors.NotDeliveredError, errors.StoreUnavailableError),
+    ExitCode.REFUSED: (errors.EventHeldError,),
+}
 
-    Attributes:
-        code: The exit code of the process.
-    """
+
+class CommandError(Exception):
+    """A command cannot do what was asked; the process ends with `code`."""
 
     def __init__(self, message: str, code: ExitCode = ExitCode.ERROR) -> None:
         super().__init__(message)
@@ -69,7 +77,8 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
     if isinstance(error, CommandError):
         return str(error), error.code
     if isinstance(error, errors.GatewayStoreError):
-        return mask_tokens(str(error)), _code(error)
+        code = next((code for code, kinds in _CODES.items() if isinstance(error, kinds)), ExitCode.ERROR)
+        return mask_tokens(str(error)), code
     if isinstance(error, ValidationError):
         if error.title == "StoreSettings":
             return f"A setting is wrong: {describe_validation(error)}. Correct it and try again.", ExitCode.USAGE
@@ -83,26 +92,6 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
         what = f"{escape(str(error.filename))}: {error.strerror or strerror(error.errno or 0)}"
         return f"{what}: check the path and its permissions and try again.", ExitCode.ERROR
     return f"Unexpected error, {describe(error)}: run with --debug for the traceback.", ExitCode.ERROR
-
-
-def _code(error: Exception) -> ExitCode:
-    codes = {
-        errors.ApprovalNotFoundError: ExitCode.NOT_FOUND,
-        errors.ApprovalExpiredError: ExitCode.NOT_FOUND,
-        errors.ApiKeyNotFoundError: ExitCode.NOT_FOUND,
-        errors.AuditEventNotFoundError: ExitCode.NOT_FOUND,
-        errors.SinkNotFoundError: ExitCode.NOT_FOUND,
-        errors.HoldNotFoundError: ExitCode.NOT_FOUND,
-        errors.NotDeliveredError: ExitCode.UNAVAILABLE,
-        errors.InvalidUrlError: ExitCode.USAGE,
-        errors.InvalidCursorError: ExitCode.USAGE,
-        errors.InvalidEvidenceError: ExitCode.INTEGRITY,
-        errors.LogMismatchError: ExitCode.INTEGRITY,
-        errors.ArchiveError: ExitCode.INTEGRITY,
-        errors.EventHeldError: ExitCode.REFUSED,
-        errors.StoreUnavailableError: ExitCode.UNAVAILABLE,
-    }
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), ExitCode.ERROR)
 
 
 def describe_validation(error: ValidationError) -> str:

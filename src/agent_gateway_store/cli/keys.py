@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from os import strerror
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,17 +36,6 @@ _COLUMNS = {
     "last_used_at": "last used",
     "revoked_at": "revoked",
 }
-
-
-def require_output() -> None:
-    """Check, before a key is made, that there is a standard output to print it to.
-
-    Raises:
-        CommandError: There is none, as after `>&-`: nobody would ever see the key.
-    """
-    # `main` has put another one in the place of `sys.stdout`.
-    if sys.__stdout__ is None:
-        raise CommandError("There is no standard output, to which the API key is printed once: do not close it.")
 
 
 def print_issued(issued: IssuedKey, *, as_json: bool, **more: Any) -> None:
@@ -93,7 +81,6 @@ def issue(
     lifetime = None if expires_in is None else duration(expires_in, "--expires-in")
     if lifetime is not None and not lifetime:
         raise typer.BadParameter("--expires-in must be more than 0: an expired key identifies nobody.")
-    require_output()
     issued = in_store(
         ctx,
         lambda store: store.keys.issue(
@@ -126,7 +113,6 @@ def rotate(
 ) -> None:
     """Replace a caller's API key and print the new one, once."""
     both = duration(overlap, "--overlap")
-    require_output()
     issued = in_store(ctx, lambda store: store.keys.rotate(caller_id, both))
     print_issued(issued, as_json=json)
     if not json and issued.previous_valid_until is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import sys
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,23 +47,8 @@ def complain(text: str, *, lines: bool = False) -> None:
     typer.echo("\n".join(map(escape, text.splitlines())) if lines else escape(text), err=True)
 
 
-def reader_is_gone() -> bool:
-    """Return True once nobody reads standard output any more, as after `| head`; False where the system cannot tell."""
-    # Windows has no `poll`; there the next line that is printed finds out.
-    if not hasattr(select, "poll"):
-        return False
-    poll = select.poll()
-    # For no event at all: that the other end is closed is reported always.
-    poll.register(sys.stdout.fileno(), 0)
-    return bool(poll.poll(0))
-
-
 def console(*, at_most: int | None = None) -> Console:
-    """Return the terminal; it follows NO_COLOR and COLUMNS. A file or a pipe has room for long rows.
-
-    Args:
-        at_most: Columns; None: as wide as the terminal.
-    """
+    """Return the terminal; it follows NO_COLOR and COLUMNS. A file or a pipe has room for long rows."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else _PIPE_WIDTH
@@ -108,14 +92,10 @@ def print_page(
     optional: Container[str] = (),
     as_json: bool,
 ) -> None:
-    """Print a listing: as a table, or as `{"items": [...], "next_cursor": ...}`.
+    """Print a listing: as a table, or with every field as `{"items": [...], "next_cursor": ...}`.
 
-    Args:
-        page: What to print.
-        columns: Field to heading, in order.
-        whole: Fields that are not broken over lines.
-        optional: Fields that are left out on a narrow terminal.
-        as_json: Print JSON with every field.
+    `columns` gives each field its heading; those of `whole` are not broken over lines, and those of `optional` are left
+    out on a narrow terminal.
     """
     items = page.to_dicts()
     if as_json:

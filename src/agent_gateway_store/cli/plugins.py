@@ -118,13 +118,9 @@ def _settings_text(settings: dict[str, Any] | None) -> str:
 
 
 def plugin_commands(taken: Container[str]) -> dict[str, Any]:
-    """Load the plugins and return their commands and groups by name. Raises nothing but KeyboardInterrupt.
+    """Load the plugins and return their commands and groups by name, but for `taken` names.
 
-    The bundled ones, which have none, are not loaded. The commands of a plugin that fails are left out, with one line
-    on standard error for each plugin.
-
-    Args:
-        taken: Names that no plugin can have.
+    Raises nothing but KeyboardInterrupt: the commands of a plugin that fails are left out, with a line on stderr.
     """
     from agent_gateway_store.hooks.manager import Plugins
 
@@ -175,16 +171,8 @@ async def check_plugins(
 ) -> list[dict[str, Any]]:
     """Check plugins, all but the blocked ones, and send two test notices through each of their notifiers.
 
-    Args:
-        plugins: Loaded, and asked for their notifiers.
-        configured: Their settings.
-        settings: Of the store.
-        only: Names of those to check; what is not ready to work is then a failure. Empty: all.
-        send: Whether to send.
-
-    Returns:
-        For each plugin its `name`, the state of its `settings` (None if it declares none), the names of its `notifiers`
-        that took the test notices (without `send`: all of them), `ok`, and its `problems`, which hold no secret.
+    With `only`, the names of those to check, what is not ready to work is a failure. The notifiers are those that took
+    the test notices; without `send`: all of them.
     """
     import asyncio
 

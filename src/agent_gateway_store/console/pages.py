@@ -40,13 +40,7 @@ _STATIC = {"console.css": "text/css", "console.js": "text/javascript", "icon.svg
 
 @dataclass
 class Console:
-    """What every page works with.
-
-    Attributes:
-        owns_store: Whether the console opens and closes the store itself.
-        cards: Of the inbox, which is drawn again and again for those who look at it.
-        charts: By organisation and name.
-    """
+    """What every page works with: the store, which it may have to open itself, the sessions, and what was drawn."""
 
     store: GatewayStore
     sessions: Sessions
@@ -62,12 +56,7 @@ def console_of(request: Request) -> Console:
 
 
 async def session_of(request: Request) -> Session:
-    """Return who is signed in.
-
-    Raises:
-        HTTPException: 401 if nobody is.
-        StoreUnavailableError: The database is away.
-    """
+    """Return who is signed in. Raises HTTPException (401) if nobody is, and StoreUnavailableError."""
     try:
         async with asyncio.timeout(SESSION_S):
             session = await console_of(request).sessions.find(request.cookies.get(COOKIE))
@@ -80,11 +69,7 @@ async def session_of(request: Request) -> Session:
 
 
 async def form_of(request: Request) -> dict[str, str]:
-    """Return the fields of a form; of a field that is there twice the last one.
-
-    Raises:
-        HTTPException: 400 if it is not a form.
-    """
+    """Return the fields of a form, of two of one name the last. Raises HTTPException (400) if it is not a form."""
     try:
         text = (await request.body()).decode("ascii")
         return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=_FIELDS))
@@ -105,15 +90,9 @@ def to(request: Request, path: str) -> RedirectResponse:
 
 def page(request: Request, template: str, *, code: int = 200, **values: Any) -> HTMLResponse:
     """Return a page; `code` is the status of the answer."""
-    session = getattr(request.state, "session", None)
-    base = base_of(request)
-    given = {
-        "base": base,
-        "session": session,
-        "replica_note": None,
-        "static": f"{base}/static/{static_version()}",
-    }
-    return HTMLResponse(_environment().get_template(template).render(given | values), status_code=code)
+    session, base = getattr(request.state, "session", None), base_of(request)
+    given = {"base": base, "session": session, "replica_note": None, "static": f"{base}/static/{static_version()}"}
+    return HTMLResponse(fragment(template, **(given | values)), status_code=code)
 
 
 def fragment(template: str, **values: Any) -> Markup:
@@ -134,12 +113,7 @@ async def replica_note(session: Session) -> str | None:
 def message(
     request: Request, title: str, text: str, *, status: int, retry: str | None = None, note: str = ""
 ) -> HTMLResponse:
-    """Return a page that says one thing.
-
-    Args:
-        retry: Path that the page tries again by itself every few seconds, unless there is a note.
-        note: What was written into a form, for copying.
-    """
+    """Return a page that says one thing, and tries `retry` again by itself unless it shows a note for copying."""
     response = page(request, "message.html", code=status, title=title, text=text, retry=retry, note=note)
     if retry is not None:
         response.headers["Retry-After"] = "5"

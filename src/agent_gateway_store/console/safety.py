@@ -34,12 +34,7 @@ _FORM = "application/x-www-form-urlencoded"
 
 
 class Safety:
-    """Guards an application.
-
-    Args:
-        app: What is guarded.
-        origin: Scheme and host that browsers know the console by; None: those of the Host header.
-    """
+    """Guards an application, whose origin browsers know; None: it is the scheme and host of each request."""
 
     def __init__(self, app: ASGIApp, *, origin: str | None) -> None:
         self._app = app

@@ -82,11 +82,7 @@ class Session:
 
 
 class Sessions:
-    """Begins, finds and ends sessions.
-
-    Args:
-        store: Unbound, or bound to the one organisation that may sign in.
-    """
+    """Begins, finds and ends sessions of all organisations, or of the one that the store is bound to."""
 
     def __init__(self, store: GatewayStore) -> None:
         self._store = store
@@ -103,9 +99,7 @@ class Sessions:
     async def sign_in(self, key: str, *, address: str) -> str:
         """Return a new session id for the holder of `key`.
 
-        Raises:
-            InvalidApiKeyError: The key is not accepted, or its role may not use the console; one answer for both.
-            StoreUnavailableError: The database is away.
+        Raises InvalidApiKeyError for a key and for a role that is not accepted alike, and StoreUnavailableError.
         """
         # An entry that is set again would begin its minute anew.
         failures = self._failures.setdefault(_network_of(address), [0])
@@ -133,11 +127,7 @@ class Sessions:
         return identity
 
     async def find(self, session_id: str | None) -> Session | None:
-        """Return the session of this id, or None if there is none, or it or its key has ended.
-
-        Raises:
-            StoreUnavailableError: The database is away.
-        """
+        """Return the session of this id, or None if there is none, or it or its key has ended."""
         if session_id is None or not _SESSION_ID.fullmatch(session_id):
             return None
         name = _request_id(_SIGN_IN, session_id)

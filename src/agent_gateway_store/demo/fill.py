@@ -37,16 +37,9 @@ _ASKING = {"payments": "support-agent", "kubernetes": "oncall-agent", "crm": "su
 
 
 async def fill(store: GatewayStore, count: int, *, seed: int, until: datetime | None = None) -> dict[str, Any]:
-    """Write `count` calls with their approvals, the callers' API keys, and four approvals that wait now.
+    """Write `count` calls with their approvals, the callers' API keys, and four approvals that wait now; say what.
 
-    To write the same seed, number and end twice changes nothing the second time.
-
-    Args:
-        store: An open store.
-        until: End of the history, UTC; None: the last full hour.
-
-    Returns:
-        What was written.
+    The history ends at `until`, by default the last full hour. To write the same again changes nothing.
     """
     from agent_gateway_store.demo.history import DAYS, history
 

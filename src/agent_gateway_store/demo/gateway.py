@@ -103,13 +103,7 @@ def _sanitise(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 @dataclass
 class Gateway:
-    """Runs the tool calls of one caller.
-
-    Attributes:
-        session_id: Marks the audit events of this run.
-        decisions: Value of the tool's argument `name` to the decision of the approver.
-        replay_refused: Whether a second use of an approved token was refused.
-    """
+    """Runs the tool calls of one caller; `decisions` are the approver's, by the tool's argument `name`."""
 
     store: GatewayStore
     key: SecretStr
@@ -234,11 +228,7 @@ async def new_key(store: GatewayStore, caller_id: str, **options: Any) -> Secret
 
 
 def export_figures() -> Callable[[], None] | None:
-    """Send spans and metrics as the SDK's variables (OTEL_EXPORTER_OTLP_ENDPOINT, ...) say.
-
-    Returns:
-        What sends the last of them; None: the SDK or its exporter is not installed.
-    """
+    """Send spans and metrics as the SDK's variables say; return what sends the last of them, None without the SDK."""
     try:
         from opentelemetry import metrics, trace
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter

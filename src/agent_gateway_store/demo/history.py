@@ -73,12 +73,7 @@ class Call:
 
 
 def history(count: int, *, seed: int, end: datetime, keys: Mapping[str, str]) -> Iterator[Call]:
-    """Yield `count` calls of the two weeks before `end`, oldest first.
-
-    Args:
-        end: UTC; with large counts the newest call is at most a few minutes before it.
-        keys: Caller to the id of its API key.
-    """
+    """Yield `count` calls of the two weeks before `end`, oldest first; `keys` are the callers' API key ids."""
     random = Random(seed)  # noqa: S311  reproducible, and no secret comes of it
     maker = _Maker(
         random, end, prefix=hashlib.sha256(f"{seed} {count} {end.isoformat()}".encode()).hexdigest()[:10], keys=keys

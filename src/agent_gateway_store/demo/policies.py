@@ -45,11 +45,7 @@ class PolicyFile(_Part):
 
 
 def read_policies(path: Path) -> dict[str, TrustLevel]:
-    """Return the trust level of every role in a policy file.
-
-    Raises:
-        CommandError: It cannot be read, is not YAML, or has another shape; the text says where.
-    """
+    """Return the trust level of every role in a policy file. Raises CommandError, which says where it is wrong."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as exc:

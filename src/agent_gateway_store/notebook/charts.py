@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
-from unicodedata import east_asian_width
 
 from agent_gateway_store import _text
 from agent_gateway_store.errors import needs_extra
@@ -24,10 +23,8 @@ if TYPE_CHECKING:
 WIDTH = 640
 # Characters of a name, more than any has: tooltips show it whole, and two that begin alike stay two.
 _NAME_CHARS = 500
-# Pixels at which Vega cuts the labels of an axis and of a legend, and the most that a character of 11 points takes:
-# one of an East Asian script or a capital, and any other.
+# Pixels at which Vega cuts the labels of an axis and of a legend.
 _AXIS_PX, LEGEND_PX = 220, 140
-_WIDE_PX, _CHAR_PX = 11, 6.5
 DECISION_COLOURS = {
     "ALLOW": HEX["good"],
     "SANITIZE_AND_ALLOW": HEX["info"],
@@ -39,11 +36,7 @@ INK, _DIM, _GRID = "#24292f", "#59636e", "#e3e7eb"
 
 
 def libraries() -> tuple[Any, Any]:
-    """Return the modules `altair` and `pandas`.
-
-    Raises:
-        MissingExtraError: One of them is not installed.
-    """
+    """Return the modules `altair` and `pandas`, or raise MissingExtraError."""
     with needs_extra("plot", extra="notebook"):
         import altair
         import pandas
@@ -56,17 +49,9 @@ def stats_of(source: Any, instead: str, **options: Any) -> pd.DataFrame:
 
 
 def frame_of(source: Any, ask: Callable[[Any], Any], *, instead: str) -> pd.DataFrame:
-    """Return what is to be drawn.
+    """Return what is to be drawn: any form of a result, or what `ask` reads from a `SyncGatewayStore`.
 
-    Args:
-        source: A `Page` or `Stats`, a pandas or Polars DataFrame, an Arrow table, a list of records, or a
-            `SyncGatewayStore`, which is read.
-        ask: Reads a store.
-        instead: What to write with an asynchronous store, for the error.
-
-    Raises:
-        MissingExtraError: pandas or pyarrow is not installed.
-        TypeError: It is not one of these; an asynchronous store, or a coroutine that was not awaited.
+    Raises MissingExtraError, and TypeError for anything else, which says what to write `instead`.
     """
     _, pd = libraries()
     if inspect.isawaitable(source):
@@ -89,11 +74,7 @@ def frame_of(source: Any, ask: Callable[[Any], Any], *, instead: str) -> pd.Data
 
 
 def need(frame: pd.DataFrame, *columns: str) -> None:
-    """Check that the columns are there.
-
-    Raises:
-        ValueError: One is missing; it names which, and what there is.
-    """
+    """Raise ValueError if a column is missing."""
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise ValueError(f"This plot needs {', '.join(missing)}; the result has {', '.join(map(str, frame.columns))}.")
@@ -104,11 +85,7 @@ def stacked_bars(
 ) -> Chart:
     """Return bars from `start` to `end`, whose layers lie on each other in the order of the palette.
 
-    Args:
-        data: Rows with `start`, `end`, the layer and its height, in the last column.
-        y: Title of the heights.
-        gap: Pixels between two bars.
-        encoding: `x`, `x2` and `tooltip`, as Altair takes them.
+    The last column of `data` has the heights, whose title is `y`; `gap` is that between two bars, in pixels.
     """
     alt, _ = libraries()
     height = data.columns[-1]
@@ -151,26 +128,15 @@ def nothing(title: str | None, default: str, what: str) -> Chart:
     return finish(chart.properties(width=WIDTH, height=80), title or default, "")
 
 
-def _is_cut(label: str, limit_px: int) -> bool:
-    return sum(_WIDE_PX if east_asian_width(each) in "FW" or each.isupper() else _CHAR_PX for each in label) > limit_px
-
-
-def finish(chart: Any, title: str, subtitle: str, *, axis: Iterable[str] = (), legend: Iterable[str] = ()) -> Chart:
-    """Return the chart with its title and the look that all plots share.
-
-    Where a label of its axis or legend may be cut, a line below the title says so, and what shows the whole.
-    """
+def finish(chart: Any, title: str, subtitle: str) -> Chart:
+    """Return the chart with its title and the look that all plots share."""
     alt, _ = libraries()
     # Altair's default loads its scripts from a public server. A renderer that was chosen before is kept.
     if alt.renderers.active == "default":
         alt.renderers.enable("svg")
-    is_cut = any(_is_cut(each, _AXIS_PX) for each in axis) or any(_is_cut(each, LEGEND_PX) for each in legend)
-    below = [safe(subtitle, most=160)] if subtitle else []
-    if is_cut:
-        below.append("… marks labels that are cut; tooltips (of the renderer html) and .to_dicts() have them whole")
     lines = alt.TitleParams(
         text=safe(title, most=120),
-        subtitle=below,
+        subtitle=[safe(subtitle, most=160)] if subtitle else [],
         anchor="start",
         fontSize=15,
         subtitleFontSize=12,

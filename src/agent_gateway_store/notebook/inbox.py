@@ -151,11 +151,7 @@ async def _awaited(answer: Any) -> Any:
 
 
 def approval_texts(request: ApprovalRequest) -> dict[str, str]:
-    """Return an approval as text, with nothing in it that could reorder or hide what an approver reads.
-
-    Arguments of more than 20,000 characters are cut, and end with their length. `why` begins with a sentence where the
-    call was cut when it was stored.
-    """
+    """Return an approval as text, with nothing in it that could reorder or hide what an approver reads."""
     call = request.tool_call
     what = "" if request.scope == "EXECUTION" else "Releases the output of the call, which has run. "
     if call.is_cut:
@@ -173,11 +169,7 @@ def approval_texts(request: ApprovalRequest) -> dict[str, str]:
 
 @cache
 def _widget_class() -> type[Any]:
-    """Return the inbox as an anywidget.
-
-    Raises:
-        MissingExtraError: anywidget is not installed.
-    """
+    """Return the inbox as an anywidget, or raise MissingExtraError."""
     with needs_extra("inbox()", extra="notebook"):
         import anywidget
         import traitlets

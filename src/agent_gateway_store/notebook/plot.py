@@ -139,7 +139,7 @@ def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     )
     more = f"; {left_out} rarer tools left out" if left_out else ""
     said = f"{total:,} calls{more}"
-    return charts.finish(chart, title or "Calls by tool and caller", said, axis=tools, legend=callers)
+    return charts.finish(chart, title or "Calls by tool and caller", said)
 
 
 def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
@@ -177,7 +177,7 @@ def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     )
     chart = (tiles + numbers).properties(width=charts.WIDTH - 60, height=alt.Step(24))
     said = "number of calls; a call counts under each of its labels"
-    return charts.finish(chart, title or "Risk labels by tool", said, axis=[*tools, *labels])
+    return charts.finish(chart, title or "Risk labels by tool", said)
 
 
 def _by_tool(frame: Any, column: str, *, name: str) -> Any:
@@ -200,11 +200,7 @@ def _bucket_of(source: Any, times: Any, when: str) -> timedelta | None:
 
 
 def step_for(span: timedelta, least: timedelta | None) -> timedelta:
-    """Return the length of a time bucket of which at most about 120 fill the span.
-
-    Args:
-        least: Length of the buckets of the data, which the result is a multiple of; None: the data has none.
-    """
+    """Return the length of a time bucket, a multiple of `least`, of which about 120 at most fill the span."""
     for step in _STEPS:
         if step * _MOST >= span and (least is None or (step >= least and step % least == timedelta())):
             return step
@@ -357,7 +353,7 @@ def _percentiles(frame: Any, by: str, title: str | None) -> Chart:
     )
     chart = (lines + points).properties(width=charts.WIDTH - 60, height=alt.Step(20))
     said = "p50, p95 and p99 in milliseconds; the slowest first"
-    return charts.finish(chart, title or f"Latency by {by}", said, axis=order)
+    return charts.finish(chart, title or f"Latency by {by}", said)
 
 
 def _histogram(values: Any, title: str | None) -> Chart:
