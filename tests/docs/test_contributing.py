@@ -42,7 +42,6 @@ def rows(text: str) -> list[str]:
 @pytest.mark.unit
 @pytest.mark.parametrize("page", generate_floors.PAGES, ids=lambda path: path.name)
 def test_page_shows_the_floors_of_the_import_contract(page: Path) -> None:
-    """The table says what the linter holds; if not, run `python scripts/generate_floors.py`."""
     assert generate_floors.table_in(page.read_text(encoding="utf-8")) == generate_floors.generate()
 
 
@@ -90,7 +89,6 @@ def test_map_names_what_is_there() -> None:
 
 @pytest.mark.unit
 def test_traced_calls_go_through_modules_that_are_there() -> None:
-    """Every module that the architecture page traces a call through exists."""
     modules = set(re.findall(r"`(\w[\w/]*\.py)`", ARCHITECTURE))
 
     assert len(modules) > 15
@@ -152,7 +150,6 @@ def test_parts_of_the_checks_are_those_of_the_table() -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize("part", PARTS)
 def test_part_runs_alone(checkout: Path, part: str) -> None:
-    """Each part runs something, from any folder, and ends well if that does."""
     code, calls = run_ci(checkout, part)
 
     assert (code, bool(calls)) == (0, True)
@@ -160,7 +157,6 @@ def test_part_runs_alone(checkout: Path, part: str) -> None:
 
 @pytest.mark.unit
 def test_ci_ends_with_the_command_of_the_readme(checkout: Path) -> None:
-    """The whole run installs first and ends with the test command as the README has it."""
     code, calls = run_ci(checkout)
 
     assert code == 0

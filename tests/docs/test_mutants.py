@@ -57,7 +57,6 @@ def test_each_can_be_made_and_its_test_is_there() -> None:
     ],
 )
 def test_mutant_that_cannot_be_made_is_told(old: str, new: str, why: str) -> None:
-    """A list that has fallen behind proves nothing, and says so."""
     mutant = Mutant(1, "name", "why", "file.py", old, new, "test")
 
     with pytest.raises(NotApplicableError, match=why):

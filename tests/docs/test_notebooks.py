@@ -32,7 +32,6 @@ CELLS = {"inbox": (2, 0, 0), "jupyter": (2, 0, 1), "plots": (0, 8, 0)}
 
 
 def rendering() -> ModuleType:
-    """The hook of the docs."""
     spec = importlib.util.spec_from_file_location("render_notebooks", DOCS / "render_notebooks.py")
     assert spec is not None
     assert spec.loader is not None
@@ -90,7 +89,6 @@ def test_the_blocks_of_a_page_are_the_cells_of_a_notebook(page: str, demo: tuple
 @pytest.mark.unit
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_kept_without_outputs(notebook: Path) -> None:
-    """What is in git is what people wrote: no output, no count, ids that do not change."""
     content = json.loads(notebook.read_text())
 
     assert notebook.stem in SHOWN

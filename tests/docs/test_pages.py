@@ -102,7 +102,6 @@ def test_page_runs(page: str, request: pytest.FixtureRequest, tmp_path: Path) ->
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port: int = listening.getsockname()[1]
@@ -136,7 +135,6 @@ def follow(
 
 
 def test_what_the_pages_install_is_the_clone() -> None:
-    """The package is not on PyPI: there anybody could take its name."""
     lines = [line for page in PAGES.values() for line in page.splitlines() if "pip install" in line]
     named = [line for line in lines if "agent-gateway-store" in line]
     assert named
@@ -144,7 +142,6 @@ def test_what_the_pages_install_is_the_clone() -> None:
 
 
 def test_fastapi_page(migrated_postgres_database: Callable[[], str], fresh_redis_url: str, tmp_path: Path) -> None:
-    """The three applications run on real servers, with keys made as the page says."""
     servers = {"DATABASE_URL": migrated_postgres_database(), "REDIS_URL": fresh_redis_url}
 
     page = "how-to/fastapi.md"
@@ -157,7 +154,6 @@ def test_fastapi_page(migrated_postgres_database: Callable[[], str], fresh_redis
 
 
 def test_fastmcp_page(tmp_path: Path) -> None:
-    """A call ends while it waits for an approver; called again, it runs, and the log says so."""
     printed, log = follow("how-to/fastmcp.md", tmp_path, load=["fastmcp.cli", *imports_of("how-to/fastmcp.md")])
 
     error, _, rest = printed[printed.index("Error:") :].partition("PENDING.\n")
@@ -168,7 +164,6 @@ def test_fastmcp_page(tmp_path: Path) -> None:
 
 
 def imports_of(page: str) -> list[str]:
-    """The modules that the Python of a page imports."""
     found: list[str] = []
     for node in ast.walk(ast.parse(python_of(page))):
         if isinstance(node, ast.Import):
@@ -208,7 +203,6 @@ def test_what_a_framework_needs_is_under_forty_lines(page: str) -> None:
 
 
 def test_slack_page(tmp_path: Path) -> None:
-    """What Slack did not sign is refused; the directory of the page knows an approver."""
     settings = {"AGENT_GATEWAY_STORE_SLACK_SIGNING_SECRET": "from-the-app's-basic-information"}
 
     printed, log = follow("how-to/slack.md", tmp_path, load=SERVING, PYTHONWARNINGS="error", **settings)
@@ -218,7 +212,6 @@ def test_slack_page(tmp_path: Path) -> None:
 
 
 def test_webhook_page(tmp_path: Path) -> None:
-    """The receiver takes the notices of a made-up approval, and nothing that is not signed."""
     settings = {"PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
     printed, _ = follow("how-to/webhook.md", tmp_path, load=SERVING, **settings)
 
@@ -312,8 +305,6 @@ async def test_grants_suffice(postgres_database: Callable[[], str]) -> None:
 
 
 class Refusing:
-    """A sink that refuses everything for good."""
-
     name = "refusing"
 
     async def send(self, _events: object) -> None:
@@ -321,7 +312,6 @@ class Refusing:
 
 
 def test_events_hash_as_the_page_says(tmp_path: Path) -> None:
-    """`content_hash` of the page gives the hash of what was stored, whatever it holds."""
     (tmp_path / "page.py").write_text(python_of("reference/canonical-json.md"))
     content_hash = runpy.run_path(str(tmp_path / "page.py"))["content_hash"]
 
@@ -334,7 +324,6 @@ def test_events_hash_as_the_page_says(tmp_path: Path) -> None:
 
 
 def test_hooks_do_what_their_page_says(tmp_path: Path) -> None:
-    """Each example of the page, in a store: it hides, counts, objects, and adds its command."""
     (tmp_path / "page.py").write_text(python_of("reference/hooks.md"))
     page = runpy.run_path(str(tmp_path / "page.py"))
     plugins = [page[name]() for name in ("HideAddresses", "CountDenials", "ProductionNeedsAReason")]

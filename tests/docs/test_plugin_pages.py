@@ -28,7 +28,6 @@ chmod +x .venv/bin/pip
 
 @pytest.mark.unit
 def test_hooks_page_is_generated_from_the_specs() -> None:
-    """Page and specs agree; if not, run `python scripts/generate_hooks_page.py`."""
     assert PAGE.read_text(encoding="utf-8") == generate()
     assert PAGE.read_text(encoding="utf-8").count("```python") == 4
 
@@ -63,7 +62,6 @@ def script_of(page: Path) -> str:
 
 @pytest.mark.unit
 def test_files_of_the_page_are_those_of_the_example() -> None:
-    """Each file that the page shows is that of the project in `examples`, to the letter."""
     shown = {found["title"]: found["body"] for found in BLOCK.finditer(HOW_TO.read_text()) if found["title"]}
 
     assert len(shown) == 3

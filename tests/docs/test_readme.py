@@ -30,14 +30,12 @@ FENCE = re.compile(r"^ *```.*\n(?:.*\n)*? *```$", re.MULTILINE)
 
 
 def reference(name: str) -> str:
-    """The text of a reference page."""
     return (DOCS / "reference" / f"{name}.md").read_text()
 
 
 @pytest.mark.integration
 @pytest.mark.system
 def test_readme_example_runs(tmp_path: Path) -> None:
-    """The one Python block of the README runs as it stands, in at most fifteen lines, and again."""
     [example] = re.findall(r"^```python\n((?:.*\n)*?)```$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
     for _ in range(2):
@@ -95,7 +93,6 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda _loader, 
 
 
 def pages_in(nav: Any) -> Iterator[str]:
-    """Yield the pages of a navigation tree."""
     if isinstance(nav, str):
         yield nav
     for item in nav if isinstance(nav, list) else nav.values() if isinstance(nav, dict) else ():
@@ -104,7 +101,6 @@ def pages_in(nav: Any) -> Iterator[str]:
 
 @pytest.mark.unit
 def test_nav_covers_every_page() -> None:
-    """Every page and every notebook is in the navigation, once, and nothing else is."""
     nav = yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)["nav"]
 
     notebooks = [path.with_suffix(".md") for path in DOCS.rglob("*.ipynb")]
@@ -113,7 +109,6 @@ def test_nav_covers_every_page() -> None:
 
 @pytest.mark.unit
 def test_settings_are_documented() -> None:
-    """Each has its row with its default, and no other is invented."""
     page = reference("settings")
     assert sorted(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE)) == sorted(
         map(str.upper, StoreSettings.model_fields)
@@ -128,7 +123,6 @@ def test_settings_are_documented() -> None:
 
 @pytest.mark.unit
 def test_errors_are_documented() -> None:
-    """Every error is in the tree and has its row; the tree is that of the module."""
     page = reference("errors")
     tree = re.search(r"^```text\n((?:.*\n)*?)```$", page, re.MULTILINE)
 
@@ -159,7 +153,6 @@ def test_fields_are_documented() -> None:
 
 @pytest.mark.unit
 def test_glossary_gives_each_word_one_sentence() -> None:
-    """No word stands twice, the words of a section are sorted, and each has one sentence."""
     sections = [
         re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE)[2:]
         for text in reference("glossary").split("\n## ")[1:]
@@ -197,7 +190,6 @@ def test_commands_are_documented() -> None:
 
 @pytest.mark.unit
 def test_first_pages_begin_with_a_clone() -> None:
-    """What works before the package is on PyPI comes first, and the page says so."""
     for page in ("README.md", "docs/index.md", "docs/tutorial/first-store.md", "docs/how-to/write-a-notifier.md"):
         written = (ROOT / page).read_text()
 

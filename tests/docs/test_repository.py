@@ -20,7 +20,6 @@ FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
 
 
 def load(path: str) -> dict[Any, Any]:
-    """Return a YAML file of the repository."""
     content: dict[Any, Any] = yaml.safe_load((ROOT / path).read_text())
     return content
 
@@ -77,7 +76,6 @@ def test_release_checks_before_it_publishes() -> None:
 @pytest.mark.unit
 @pytest.mark.parametrize("workflow", ["ci", "release"])
 def test_actions_are_pinned(workflow: str) -> None:
-    """Each action is named by its commit, so that a moved tag runs nothing new."""
     steps = [
         step for job in load(f".github/workflows/{workflow}.yml")["jobs"].values() for step in job.get("steps", [])
     ]
@@ -138,7 +136,6 @@ def test_passes(of_session, of_test):
 
 @pytest.mark.system
 def test_what_the_last_test_leaks_fails_the_run(tmp_path: Path) -> None:
-    """What the fixtures hide from the garbage collector hides no leak, in a worker neither."""
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_leak.py").write_text(LEAKS)
     command = [sys.executable, "-m", "pytest", "-q", "-n1", "-pno:cacheprovider"]

@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.system]
 
 
 def test_every_command_of_the_runbook_runs(tmp_path: Path) -> None:
-    """On a gateway that has a store, one after the other; each ends well."""
     (tmp_path / "lost.jsonl").write_text(event_line("lost-1"))
     commands = [line for block in blocks("sh", PAGES["how-to/runbook.md"]) for line in block.splitlines()]
     environment = {**os.environ, "PATH": f"{forks().programs}:{os.environ['PATH']}", "USER": "operator"}

@@ -18,6 +18,7 @@ from pages import DOCS
 from proofs.harness import execute
 from tampering import tamper
 
+Cli = Callable[..., Outcome]
 KEY = re.compile(r"agw_[0-9A-Za-z]{12}_[0-9A-Za-z]{49}")
 
 
@@ -28,9 +29,7 @@ def url(migrated_postgres_database: Callable[[], str]) -> str:
 
 
 @pytest.fixture
-def cli(url: str) -> Callable[..., Outcome]:
-    """Run a command on the database."""
-
+def cli(url: str) -> Cli:
     def run(*args: str, **options: Any) -> Outcome:
         return gateway_store("--database-url", url, *args, **options)
 
@@ -58,7 +57,6 @@ def ids(found: Outcome) -> list[str]:
 
 
 async def execute_on(url: str, statement: str) -> None:
-    """Run a statement on a database of either kind."""
     engine = create_engine(url)
     async with engine.begin() as connection:
         await connection.execute(text(statement))

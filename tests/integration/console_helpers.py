@@ -17,7 +17,6 @@ from agent_gateway_store.console import create_console
 from builders import make_request
 
 URL = "http://console.test"
-Running = tuple[GatewayStore, Any]
 _CSRF = re.compile(r'name="csrf" value="(\w+)"')
 
 
@@ -30,15 +29,12 @@ class Visitor:
         self.base = base
 
     async def get(self, path: str, **options: Any) -> httpx.Response:
-        """Read a page."""
         return await self.client.get(self.base + path, **options)
 
     async def post(self, path: str, data: Mapping[str, str], **options: Any) -> httpx.Response:
-        """Send a form."""
         return await self.client.post(self.base + path, data=dict(data), **options)
 
     async def sign_in(self, key: str) -> httpx.Response:
-        """Send the form of the sign-in page."""
         return await self.post("/login", {"key": key})
 
     async def csrf(self, path: str = "/approvals") -> str:
@@ -47,7 +43,6 @@ class Visitor:
         return str(first)
 
     async def decide(self, approval_id: Any, decision: str, note: str = "") -> httpx.Response:
-        """Send the form of an approval's page."""
         form = {"decision": decision, "note": note, "csrf": await self.csrf()}
         return await self.post(f"/approvals/{approval_id}/decision", form)
 
@@ -55,7 +50,6 @@ class Visitor:
 async def key_of(
     store: GatewayStore, caller: str = "alice", *, role: str = "approver", org_id: str | None = None
 ) -> str:
-    """Issue a key and return it."""
     issued = await store.keys.issue(caller, role=role, org_id=org_id)
     return issued.plaintext.get_secret_value()
 
@@ -77,19 +71,23 @@ async def console(url: str, **settings: Any) -> AsyncIterator[tuple[GatewayStore
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    """A SQLite file of the test's own."""
     return f"sqlite:///{tmp_path}/gateway.db"
 
 
 @pytest.fixture
-async def running(url: str) -> AsyncIterator[tuple[GatewayStore, Any]]:
-    """An open store with its console."""
-    async with console(url) as found:
+async def store(url: str) -> AsyncIterator[GatewayStore]:
+    """An open store."""
+    async with console(url) as (found, _):
         yield found
 
 
+@pytest.fixture
+def app(store: GatewayStore) -> Any:
+    """Its console."""
+    return create_console(store)
+
+
 async def waiting(store: GatewayStore, **fields: Any) -> ApprovalRequest:
-    """Ask for an approval."""
     request = make_request(**fields)
     await store.approvals.issue_token(request)
     return request

@@ -7,7 +7,6 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +15,7 @@ from uuid import UUID
 
 import cli_helpers
 import pytest
-from cli_helpers import KEY, ask, ids
+from cli_helpers import KEY, Cli, ask, ids
 
 from agent_gateway_store import SyncGatewayStore, clock
 from agent_gateway_store.errors import InvalidApiKeyError
@@ -26,8 +25,7 @@ from forks import forks
 url, cli = cli_helpers.url, cli_helpers.cli
 
 
-def test_a_key_is_printed_once_and_to_standard_output_only(cli: Callable[..., Outcome]) -> None:
-    """`keys issue` gives the plaintext; nothing gives it a second time."""
+def test_a_key_is_printed_once_and_to_standard_output_only(cli: Cli) -> None:
     issued = cli("keys", "issue", "dev-agent", "--role", "developer", "--trust-level", "medium", "--expires-in", "90d")
 
     assert issued.code == 0
@@ -45,7 +43,7 @@ def test_a_key_is_printed_once_and_to_standard_output_only(cli: Callable[..., Ou
 
 @pytest.mark.parametrize("hours", [-5, 5])
 def test_a_key_lives_as_long_as_it_says_where_the_clocks_differ(
-    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, hours: int
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
     class Wrong(datetime):
         @classmethod
@@ -59,9 +57,7 @@ def test_a_key_lives_as_long_as_it_says_where_the_clocks_differ(
     assert abs(left - timedelta(hours=1)) < timedelta(minutes=1)
 
 
-def test_keys_rotate_and_revoke(cli: Callable[..., Outcome], url: str) -> None:
-    """The new key works, the old one until its overlap ends, none after the revocation."""
-
+def test_keys_rotate_and_revoke(cli: Cli, url: str) -> None:
     def accepted(*keys: str) -> list[bool]:
         found = []
         with SyncGatewayStore(url, redis_url="") as store:
@@ -84,7 +80,7 @@ def test_keys_rotate_and_revoke(cli: Callable[..., Outcome], url: str) -> None:
     cli("keys", "revoke", "nobody").assert_fails(4, "nobody", "keys issue")
 
 
-def test_approvals_are_listed_shown_and_decided(cli: Callable[..., Outcome], url: str) -> None:
+def test_approvals_are_listed_shown_and_decided(cli: Cli, url: str) -> None:
     """By approval id, page by page; the second decision learns of the first; `deny` has other names."""
     first, second, third = ask(url, "r1"), ask(url, "r2", name="b.txt"), ask(url, "r3")
 
@@ -154,8 +150,7 @@ def test_a_command_that_reads_says_which_database_and_that_it_is_empty(tmp_path:
     assert gateway_store("--database-url", url, "audit", "search", "--json").err == ""
 
 
-def test_a_narrow_terminal_gets_a_block_of_lines_for_each_row(cli: Callable[..., Outcome], url: str) -> None:
-    """With 60 columns ids stay whole, and nothing is left out or broken into single letters."""
+def test_a_narrow_terminal_gets_a_block_of_lines_for_each_row(cli: Cli, url: str) -> None:
     approval_id = ask(url, "r1", name="long-" * 12)
     cli("keys", "issue", "dev-agent", "--role", "developer")
 
@@ -169,7 +164,6 @@ def test_a_narrow_terminal_gets_a_block_of_lines_for_each_row(cli: Callable[...,
 
 
 def test_no_control_byte_of_the_data_reaches_the_terminal() -> None:
-    """Neither in tables nor in lines nor in JSON; a stranger's text must not steer the terminal."""
     nasty = "evil\x1b]0;title\x07\x7f\x9b31m\r\nnext"
     gateway_store("audit", "write", input=event_line(nasty, caller_id=nasty, sanitized_args={nasty: nasty}))
     gateway_store("keys", "issue", nasty, "--role", nasty)
@@ -225,7 +219,7 @@ def test_the_installed_command_and_the_module_are_one() -> None:
     assert by_script.stdout == run_process("--version", is_new=True).out
 
 
-def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_what_cannot_be_read_or_written_is_named(cli: Cli, tmp_path: Path) -> None:
     for content, words in (
         (b"\xff\xfe", ("a.env is not text in UTF-8",)),
         (b"REDIS_URL=\n\nDATABASE_URL\n", ("Line 3 of", "is not NAME=value")),
@@ -244,7 +238,6 @@ def test_what_cannot_be_read_or_written_is_named(cli: Callable[..., Outcome], tm
 
 
 def test_an_output_that_takes_nothing_is_named(tmp_path: Path) -> None:
-    """And of an API key that was made, that nobody has seen it."""
     command = f"DATABASE_URL=sqlite:///{tmp_path}/k.db {forks().programs}/gateway-store keys issue al --role r"
     for form in ("", " --json"):
         unseen = subprocess.run(["sh", "-c", f"{command}{form} >/dev/full"], stderr=-1, text=True)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import cli_helpers
-
-from commands import Outcome
+from cli_helpers import Cli
 
 url, cli = cli_helpers.url, cli_helpers.cli
 CALL = ("--caller", "backup", "--server", "disk", "--tool", "wipe", "--arguments", '{"name": "sdb"}')
 
 
-def test_exit_codes_say_whether_to_run(cli: Callable[..., Outcome]) -> None:
+def test_exit_codes_say_whether_to_run(cli: Cli) -> None:
     def acquire(*options: str) -> tuple[int, dict[str, str]]:
         found = cli("approvals", "acquire", *CALL, "--json", *options)
         return found.code, json.loads(found.out)
@@ -30,7 +28,7 @@ def test_exit_codes_say_whether_to_run(cli: Callable[..., Outcome]) -> None:
     assert acquire("--bind", "another session")[0] == 6
 
 
-def test_people_read_what_to_do(cli: Callable[..., Outcome]) -> None:
+def test_people_read_what_to_do(cli: Cli) -> None:
     asked = cli("approvals", "acquire", *CALL)
     assert (asked.code, "run this command again after the decision" in asked.out) == (6, True)
     approval_id = asked.out.split()[1]

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import cli_helpers
 import pytest
+from cli_helpers import Cli
 
 from agent_gateway_store import SyncGatewayStore, ToolCall
 from agent_gateway_store._text import CUT_CALL
 from builders import make_request
-from commands import Outcome
 
 url, cli = cli_helpers.url, cli_helpers.cli
 
 
 @pytest.fixture
-def filled(cli: Callable[..., Outcome], url: str) -> Callable[..., Outcome]:
+def filled(cli: Cli, url: str) -> Cli:
     """One approval with a vote by Slack, and one without."""
     with SyncGatewayStore(url, redis_url="") as store:
         token = store.approvals.issue_token(make_request(request_id="r-1"))
@@ -27,7 +26,7 @@ def filled(cli: Callable[..., Outcome], url: str) -> Callable[..., Outcome]:
     return cli
 
 
-def test_votes_are_listed_counted_and_exported(filled: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_votes_are_listed_counted_and_exported(filled: Cli, tmp_path: Path) -> None:
     listed = filled("approvals", "list", "--json").json["items"]
     assert [[vote["channel"] for vote in each["votes"]] for each in listed] == [[], ["slack"]]
     assert "carla DENIED (slack)" in filled("approvals", "list", "--status", "denied").out
@@ -51,7 +50,7 @@ def test_votes_are_listed_counted_and_exported(filled: Callable[..., Outcome], t
     assert "2 approvals" in filled("approvals", "export", str(path), "--overwrite").out
 
 
-def test_a_call_that_was_not_stored_whole_says_so(cli: Callable[..., Outcome], url: str) -> None:
+def test_a_call_that_was_not_stored_whole_says_so(cli: Cli, url: str) -> None:
     """In the list and alone; a program that reads JSON finds the mark, and a person the sentence beside it."""
     arguments = {**{f"p{number}": "x" * 65_000 for number in range(5)}, "cmd": "rm -rf /"}
     with SyncGatewayStore(url, redis_url="") as store:

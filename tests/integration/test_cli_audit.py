@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import cli_helpers
 import pytest
-from cli_helpers import ids
+from cli_helpers import Cli, ids
 
-from commands import Outcome, event_line, gateway_store, process
+from commands import event_line, gateway_store, process
 from forks import forks
 
 url, cli = cli_helpers.url, cli_helpers.cli
 
 
-def test_audit_write_stores_json_lines_and_search_finds_them(cli: Callable[..., Outcome]) -> None:
+def test_audit_write_stores_json_lines_and_search_finds_them(cli: Cli) -> None:
     """Each line gets its outcome; the same line again is a duplicate; the filters find what they name."""
     lines = [event_line(f"r{number}", caller_id=f"agent-{number % 2}") for number in range(4)]
     lines[0] = event_line("r0", caller_id="agent-0", timestamp="2026-01-01T00:00:00Z")
@@ -40,8 +39,7 @@ def test_audit_write_stores_json_lines_and_search_finds_them(cli: Callable[..., 
     assert "deterministic_rationale" in cli("audit", "search", "--request-id", "r1").out
 
 
-def test_a_malformed_line_is_reported_by_number_and_the_others_are_written(cli: Callable[..., Outcome]) -> None:
-    """Exit code 1 at the end; the input is not repeated."""
+def test_a_malformed_line_is_reported_by_number_and_the_others_are_written(cli: Cli) -> None:
     lines = [
         event_line("r1").encode(),
         b"{not json",
@@ -67,7 +65,7 @@ def test_a_malformed_line_is_reported_by_number_and_the_others_are_written(cli: 
     assert ids(cli("audit", "search", "--json")) == ["r8", "r1"]
 
 
-def test_tail_shows_the_newest_events_oldest_first(cli: Callable[..., Outcome]) -> None:
+def test_tail_shows_the_newest_events_oldest_first(cli: Cli) -> None:
     """As `tail -n`, as lines and as JSON, which can be written again: the same event is the same event."""
     cli("audit", "write", input="\n".join(event_line(f"r{number}", risk_labels=["é"]) for number in range(5)))
 
@@ -129,7 +127,6 @@ main()
 
 @pytest.mark.system
 def test_ctrl_c_while_audit_write_begins_ends_it(tmp_path: Path) -> None:
-    """Whatever has started by then, it ends at once; standard input stays open all the time."""
     options = ["--database-url", f"sqlite:///{tmp_path / 'cli.db'}", "audit", "write"]
     for nth in range(4):
         command = [str(forks().programs / "python"), "-c", INTERRUPTED.format(nth=nth), *options]
@@ -146,7 +143,6 @@ def test_ctrl_c_while_audit_write_begins_ends_it(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error_to_shout_about(tmp_path: Path) -> None:
-    """`gateway-store ... | head` ends quietly."""
     url = f"sqlite:///{tmp_path / 'cli.db'}"
     gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
     with process("--database-url", url, "audit", "search", "--json") as searching:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
@@ -15,7 +14,6 @@ from sqlalchemy import make_url
 
 import servers
 from agent_gateway_store import clock
-from agent_gateway_store.cli.errors import ExitCode
 from agent_gateway_store.storage import migrate
 from commands import event_line, gateway_store, process, run_process
 from proofs.harness import execute
@@ -71,7 +69,6 @@ def test_an_unknown_url_scheme_is_a_usage_error() -> None:
 
 
 def test_redis_that_is_down_stops_nothing_but_the_doctor_says_so() -> None:
-    """The store works without it, quietly; `doctor` ends with 5."""
     down = "redis://:hunter2@127.0.0.1:1/0"
 
     listed = gateway_store("--redis-url", down, "approvals", "list", "--json")
@@ -121,7 +118,6 @@ def test_a_schema_that_is_behind_is_named_with_the_command_to_run(
 
 
 def test_a_schema_that_is_ahead_is_never_touched(tmp_path: Path) -> None:
-    """The sentence says to upgrade the package; `db current` and `doctor` still answer."""
     gateway_store("db", "upgrade")
     with closing(sqlite3.connect(tmp_path / "gateway.db")) as connection, connection:
         connection.execute(f"UPDATE {migrate.VERSION_TABLE} SET version_num = '9999_future'")
@@ -156,7 +152,6 @@ def test_an_approval_that_is_unknown_or_expired_is_exit_code_4() -> None:
 
 
 def test_a_policy_file_that_is_none_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    """The sentence says where it is wrong; no database, no key."""
     for content, words in (
         (b"roles: [unclosed", "not YAML at line 1"),
         (b"a: b: c", "not YAML at line 1"),
@@ -165,8 +160,6 @@ def test_a_policy_file_that_is_none_is_refused_before_anything_is_made(tmp_path:
         (b"- a list", "holds no"),
         (b"version: 1\nroles: {}", "roles: "),
         (b"version: 1\nroles: {developer: {trust_level: GODLIKE}}", "roles.developer.trust_level: "),
-        (b"version: 1\nroles: {developer: {trust_level: LOW, allow: [files]}}", "roles.developer.allow.0: "),
-        (b"version: 1\nroles: {developer: {trust_level: LOW, alow: []}}", "roles.developer.alow: "),
         (b"version: 1\nroles: {analyst: {trust_level: LOW}}", "no role developer"),
         (b"!!python/object/apply:os.system ['touch pwned']", "not YAML"),
         (b"[" * 1000, "not YAML"),
@@ -178,7 +171,6 @@ def test_a_policy_file_that_is_none_is_refused_before_anything_is_made(tmp_path:
 
 
 def test_wrong_usage_is_exit_code_2_and_makes_nothing(tmp_path: Path) -> None:
-    """Empty names are those of an unset variable of a script; a group alone shows its help."""
     for arguments in (
         *(("db",), ("keys",), ("audit",), ("approvals",), ("plugins",)),
         ("nonsense",),
@@ -224,21 +216,6 @@ def test_a_wrong_setting_is_named_and_its_value_is_not_repeated() -> None:
         assert "hunter2" not in outcome.said
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed there")
-def test_a_current_folder_that_was_removed_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    with monkeypatch.context() as patch:
-        patch.chdir(gone)
-        gone.rmdir()
-        outcomes = [gateway_store(command, *more) for command, *more in (("audit", "search"), ("doctor",), ("demo",))]
-
-    for outcome in outcomes:
-        assert outcome.code in (ExitCode.ERROR, ExitCode.UNAVAILABLE)
-        assert "The current folder was removed: change to another one" in outcome.err
-        assert "Unexpected" not in outcome.err
-
-
 def test_an_unexpected_error_is_a_sentence_and_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fail(*_: object, **__: object) -> None:
@@ -262,7 +239,6 @@ def test_an_unexpected_error_is_a_sentence_and_debug_shows_the_traceback(monkeyp
 def test_what_becomes_of_events_that_the_database_does_not_take_is_told(
     outcome: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each line says it; the command ends with 5 if an event is gone."""
     from agent_gateway_store import WriteOutcome
     from agent_gateway_store.audit import AuditManager
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
 
 import cli_helpers
 import pytest
-from cli_helpers import ask, execute_on
+from cli_helpers import Cli, ask, execute_on
 
 import servers
-from commands import Outcome, process
+from commands import process
 
 url, cli = cli_helpers.url, cli_helpers.cli
 
@@ -23,8 +22,7 @@ def _nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENT_GATEWAY_STORE_LOAD_PLUGINS", "log")
 
 
-def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcome]) -> None:
-    """`run --once` sends it; `list` shows it before and after; a second run has nothing to do."""
+def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Cli) -> None:
     approval_id = ask(url, "r-1")
     before = cli("notifications", "list", "--json").json
     sent = cli("notifications", "run", "--once")
@@ -43,7 +41,7 @@ def test_a_worker_sends_what_is_due_and_ends(url: str, cli: Callable[..., Outcom
 
 @pytest.mark.system
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome], number: signal.Signals) -> None:
+def test_a_signal_ends_the_worker_cleanly(url: str, cli: Cli, number: signal.Signals) -> None:
     with process("--database-url", url, "notifications", "run") as worker:
         assert worker.stderr is not None
         assert worker.stderr.readline() == "Sending notices to: log.\n"
@@ -63,8 +61,7 @@ def test_a_signal_ends_the_worker_cleanly(url: str, cli: Callable[..., Outcome],
     assert "Traceback" not in err
 
 
-def test_dead_letters_are_shown_and_redriven(url: str, cli: Callable[..., Outcome]) -> None:
-    """One by its id, or all; `doctor` tells of them, and of a notifier that is nowhere."""
+def test_dead_letters_are_shown_and_redriven(url: str, cli: Cli) -> None:
     for number in range(3):
         ask(url, f"r-{number}")
     given_up = "UPDATE notification_deliveries SET status = 'DEAD', attempts = 15, last_error = 'OSError: gone'"

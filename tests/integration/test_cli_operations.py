@@ -22,7 +22,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_db_upgrade_current_check_and_sql(postgres_database: Callable[[], str]) -> None:
-    """From an empty PostgreSQL database to one that equals the models."""
     url = postgres_database()
 
     def db(*args: str) -> Outcome:
@@ -104,7 +103,11 @@ def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.Fixtu
     servers.run(look())
     if kind == "postgres":
         ahead = "pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 1000"
+        assert cli("doctor", "--json").json["database"]["foreign_transactions"] is False
         servers.run(tamper_with(url, f"UPDATE audit_events SET transaction_id = {ahead}"))
+        restored = cli("doctor", "--json")
+        (problem,) = restored.json["problems"]
+        assert (restored.code, "`gateway-store db restored --by NAME`" in problem) == (1, True)
     blank = cli("db", "restored", "--by", " ")
     assert (blank.code, "--by must not be empty" in blank.err) == (2, True)
     cli("keys", "issue", "bot", "--role", "developer")
@@ -120,7 +123,9 @@ def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.Fixtu
     assert last is not None
     assert (found["old_origin"], found["old_size"], found["old_root_hash"]) == (last.origin, 2, last.root_hash)
     assert last.origin.endswith(f"/{found['old_identity']}")
-    assert found["new_identity"] == cli("doctor", "--json").json["database"]["identity"] != found["old_identity"]
+    well = cli("doctor", "--json")
+    assert (well.code, well.json["problems"]) == (0, [])
+    assert found["new_identity"] == well.json["database"]["identity"] != found["old_identity"]
 
     async def follow() -> tuple[list[str], list[str]]:
         async with GatewayStore(url) as store:
@@ -140,7 +145,6 @@ def test_a_restored_database_has_a_new_identity(kind: str, request: pytest.Fixtu
 
 
 def test_seed_reads_a_policy_file_and_is_safe_to_repeat(tmp_path: Path) -> None:
-    """dev-agent gets its role and trust level, and its key once."""
     policies = str(EXAMPLES / "policies" / "default.yaml")
 
     first = gateway_store("seed", "--policies", policies)

@@ -55,7 +55,6 @@ def test_commands_answer_in_json_and_doctor_tells_what_they_did(url: str, tmp_pa
 
 
 def test_what_cannot_be_done_is_one_sentence_and_an_exit_code() -> None:
-    """Nothing is changed."""
     gateway_store("audit", "write", input=json.dumps(event_fields(**OLD)))
     gateway_store("retention", "hold", "all", "--reason", "r", "--by", "c")
     for arguments, code, words in (

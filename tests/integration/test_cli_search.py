@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import cli_helpers
 import pytest
-from cli_helpers import ask, ids
+from cli_helpers import Cli, ask, ids
 
 from commands import Outcome, event_line, gateway_store
 
@@ -18,8 +17,7 @@ url, cli = cli_helpers.url, cli_helpers.cli
 
 
 @pytest.fixture
-def filled(cli: Callable[..., Outcome]) -> Callable[..., Outcome]:
-    """A database with ten events."""
+def filled(cli: Cli) -> Cli:
     lines = [
         event_line(
             f"r{n}", caller_id=f"agent-{n % 2}", tool_name=f"tool_{n % 3}", decision="DENY" if n > 6 else "ALLOW",
@@ -31,7 +29,7 @@ def filled(cli: Callable[..., Outcome]) -> Callable[..., Outcome]:
     return cli
 
 
-def test_filters_are_combined_and_pages_lead_on(filled: Callable[..., Outcome]) -> None:
+def test_filters_are_combined_and_pages_lead_on(filled: Cli) -> None:
     """An option that is given twice takes either; times and words are taken as people write them."""
 
     def found(*options: str) -> list[str]:
@@ -66,7 +64,7 @@ def test_a_wrong_option_is_a_usage_error() -> None:
         assert says in " ".join(found.err.replace("│", " ").split())
 
 
-def test_stats_are_a_table_or_json(filled: Callable[..., Outcome]) -> None:
+def test_stats_are_a_table_or_json(filled: Cli) -> None:
     rows = filled("audit", "stats", "--json", "--by", "caller_id", "--bucket", "1d", "--label", "PII").json["items"]
     table = filled("audit", "stats", "--by", "decision")
 
@@ -77,7 +75,7 @@ def test_stats_are_a_table_or_json(filled: Callable[..., Outcome]) -> None:
     assert all(word in table.out for word in ("DENY", "ALLOW", "p99 ms"))
 
 
-def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_what_is_exported_is_imported_elsewhere(filled: Cli, tmp_path: Path) -> None:
     """JSONL, which `audit write` reads, too, and Parquet; nothing is stored twice or overwritten unasked."""
     file = str(tmp_path / "e.jsonl.gz")
     exported = filled("audit", "export", file, "--json", "--decision", "ALLOW")
@@ -105,7 +103,7 @@ def test_what_is_exported_is_imported_elsewhere(filled: Callable[..., Outcome], 
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(
-    filled: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filled: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder that is missing; a disk that is full. It names what the user named, and leaves nothing."""
 
@@ -122,24 +120,15 @@ def test_a_file_that_cannot_be_written_is_one_sentence(
     assert list(out.iterdir()) == []
 
 
-def test_approvals_are_found_by_filters_and_tell_their_story(url: str, cli: Callable[..., Outcome]) -> None:
-    """Filters are combined; the history names who asked and who decided; an unknown id is not found."""
+def test_approvals_are_found_by_filters_and_tell_their_story(url: str, cli: Cli) -> None:
     first, second = ask(url, "r-1", caller_id="agent-1"), ask(url, "r-2", caller_id="agent-2")
     cli("approvals", "approve", first, "--approver", "carla", "--note", "go ahead")
 
-    def found(*options: str) -> list[str]:
-        return ids(cli("approvals", "list", "--json", *options))
-
-    assert found("--status", "approved", "--status", "PENDING") == ["r-2", "r-1"]
-    assert found("--caller", "agent-1", "--tool", "delete_file", "--since", "1h", "--approver", "carla") == ["r-1"]
-    assert found("--text", "AHEAD") == ["r-1"]
-    assert found("--until", "1h") == []
+    found = ("approvals", "list", "--json", "--caller", "agent-1", "--since", "1h", "--approver", "carla")
+    assert ids(cli(*found, "--text", "AHEAD", "--tool", "delete_file")) == ["r-1"]
+    assert ids(cli("approvals", "list", "--json", "--status", "approved", "--status", "PENDING")) == ["r-2", "r-1"]
     story = cli("approvals", "history", first, "--json").json["items"]
-    assert [(row["event"], row["by"]) for row in story if row["event"] != "notice"] == [
-        ("asked", "agent-1"),
-        ("vote", "carla"),
-        ("decided", "carla"),
-    ]
+    steps = [(row["event"], row["by"]) for row in story if row["event"] != "notice"]
+    assert steps == [("asked", "agent-1"), ("vote", "carla"), ("decided", "carla")]
     assert "asked" in cli("approvals", "history", second).out
-    assert cli("approvals", "history", "none").code == 4
-    assert cli("approvals", "list", "--since", "soon").code == 2
+    assert (cli("approvals", "history", "none").code, cli("approvals", "list", "--since", "soon").code) == (4, 2)

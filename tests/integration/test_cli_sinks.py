@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import cli_helpers
 import pytest
+from cli_helpers import Cli
 
 import servers
 from agent_gateway_store import GatewayStore
 from agent_gateway_store.errors import NotDeliveredError
 from builders import make_event
-from commands import Outcome, process
+from commands import process
 
 url, cli = cli_helpers.url, cli_helpers.cli
 
@@ -54,8 +54,7 @@ def ids(file: Path) -> list[str]:
     return [json.loads(line)["request_id"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_once_ships_to_the_end(url: str, cli: Callable[..., Outcome], file: Path) -> None:
-    """And goes on there; `sinks list` tells how far it is, `forget` lets it begin anew."""
+def test_once_ships_to_the_end(url: str, cli: Cli, file: Path) -> None:
     write(url, "r-1", "r-2")
     first, second = cli("audit", "ship", "file-sink", "--once"), cli("audit", "ship", "file-sink", "--once", "--json")
     listed = cli("sinks", "list", "--json").json["items"]
@@ -76,9 +75,7 @@ def test_once_ships_to_the_end(url: str, cli: Callable[..., Outcome], file: Path
 
 @pytest.mark.system
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_shipping_cleanly(
-    url: str, cli: Callable[..., Outcome], file: Path, number: signal.Signals
-) -> None:
+def test_a_signal_ends_shipping_cleanly(url: str, cli: Cli, file: Path, number: signal.Signals) -> None:
     """It ships what comes until then, and ends with 0 and no traceback; meanwhile another one is refused."""
     with process("--database-url", url, "audit", "ship", "file-sink", "--interval", "0.05") as shipper:
         assert shipper.stderr is not None
@@ -100,8 +97,7 @@ def test_a_signal_ends_shipping_cleanly(
     busy.assert_fails(5, "Another process ships to the sink 'file-sink'")
 
 
-def test_dead_letters_are_shown_and_redriven(url: str, cli: Callable[..., Outcome], file: Path) -> None:
-    """`audit ship` sends them again; `doctor` warns of them."""
+def test_dead_letters_are_shown_and_redriven(url: str, cli: Cli, file: Path) -> None:
     write(url, "r-1", "r-2", refused=True)
     dead = cli("sinks", "dead", "--json").json["items"]
     warned = cli("doctor", "--json").json
@@ -115,7 +111,7 @@ def test_dead_letters_are_shown_and_redriven(url: str, cli: Callable[..., Outcom
     assert (ids(file), cli("sinks", "dead", "--json").json["items"]) == (["r-1", "r-2"], [])
 
 
-def test_doctor_ends_with_1_where_a_sink_lags(url: str, cli: Callable[..., Outcome]) -> None:
+def test_doctor_ends_with_1_where_a_sink_lags(url: str, cli: Cli) -> None:
     """By more than an hour; and where its cursor leads nowhere, with the command that lets it begin anew."""
     cli("audit", "ship", "file-sink", "--once")
     write(url, "r-1", days_old=2)

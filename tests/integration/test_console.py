@@ -6,22 +6,22 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import console_helpers
 import pytest
-from console_helpers import URL, Running, Visitor, console, key_of, signed_in, status, waiting
+from console_helpers import URL, Visitor, console, key_of, signed_in, status, waiting
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from agent_gateway_store import clock
+from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.evidence import check
 from builders import make_event
 
-url, running = console_helpers.url, console_helpers.running
+url, store, app = console_helpers.url, console_helpers.store, console_helpers.app
 
 
-async def test_a_person_signs_in_decides_and_finds_it_in_the_audit_log(running: Running) -> None:
-    store, app = running
+async def test_a_person_signs_in_decides_and_finds_it_in_the_audit_log(store: GatewayStore, app: Any) -> None:
     request = await waiting(store)
     call = {"mcp_server": request.tool_call.server, "tool_name": request.tool_call.tool, "caller_id": request.caller_id}
     await store.audit.write(make_event(request_id=request.request_id, risk_labels=["deletes"], risk_score=0.75, **call))
@@ -48,9 +48,8 @@ async def test_a_person_signs_in_decides_and_finds_it_in_the_audit_log(running: 
     assert "Still needed." in shown
 
 
-async def test_another_organisation_is_not_there(running: Running) -> None:
+async def test_another_organisation_is_not_there(store: GatewayStore, app: Any) -> None:
     """Its approvals, events and evidence look absent, and cannot be decided or found by a filter."""
-    store, app = running
     request = await waiting(store, org_id="globex", caller_id="globex-agent")
     await store.audit.write(make_event(org_id="globex", caller_id="globex-agent"))
     [event] = await store.audit.search(caller_id="globex-agent")
@@ -66,9 +65,7 @@ async def test_another_organisation_is_not_there(running: Running) -> None:
     assert (await store.approvals.get(approval_id=request.approval_id)).status == "PENDING"
 
 
-async def test_an_event_is_shown_as_sealed_once_it_is(running: Running) -> None:
-    """Before that nothing proves it, and there is no evidence to download."""
-    store, app = running
+async def test_an_event_is_shown_as_sealed_once_it_is(store: GatewayStore, app: Any) -> None:
     await store.audit.write(make_event(request_id="r-1"))
     [event] = await store.audit.search(request_id="r-1")
     alice = await signed_in(store, app)
@@ -83,9 +80,8 @@ async def test_an_event_is_shown_as_sealed_once_it_is(running: Running) -> None:
     assert check(after.text).ok
 
 
-async def test_a_form_of_another_site_or_session_does_nothing(running: Running) -> None:
+async def test_a_form_of_another_site_or_session_does_nothing(store: GatewayStore, app: Any) -> None:
     """Without the session's own secret, or with the marks of another site, a decision is refused."""
-    store, app = running
     request = await waiting(store)
     alice, bob = await signed_in(store, app), await signed_in(store, app, "bob")
     path, right = f"/approvals/{request.approval_id}/decision", await alice.csrf()
@@ -108,9 +104,8 @@ async def test_a_form_of_another_site_or_session_does_nothing(running: Running) 
     assert (await alice.post(path, form, headers={"Origin": URL})).status_code == 303
 
 
-async def test_every_answer_carries_the_headers_that_protect_it(running: Running) -> None:
+async def test_every_answer_carries_the_headers_that_protect_it(store: GatewayStore, app: Any) -> None:
     """No frame, no cache, no script but our own, on errors and redirects, too; no page holds inline script or style."""
-    store, app = running
     request = await waiting(store)
     alice = await signed_in(store, app)
 
@@ -132,9 +127,7 @@ async def test_every_answer_carries_the_headers_that_protect_it(running: Running
         assert not re.search(r"<style|<script(?! src=)|\son\w+=|\sstyle=|javascript:|https?://", answer.text), path
 
 
-async def test_it_works_under_a_path(running: Running) -> None:
-    """Every link and form of a mounted console stays below its path."""
-    store, app = running
+async def test_it_works_under_a_path(store: GatewayStore, app: Any) -> None:
     request = await waiting(store)
     visitor = Visitor(Starlette(routes=[Mount("/ops/console", app)]), base="/ops/console")
     await visitor.sign_in(await key_of(store))
@@ -148,9 +141,8 @@ async def test_it_works_under_a_path(running: Running) -> None:
     assert (await store.approvals.get(approval_id=request.approval_id)).status == "APPROVED"
 
 
-async def test_after_sign_in_it_leads_back_and_nowhere_else(running: Running) -> None:
+async def test_after_sign_in_it_leads_back_and_nowhere_else(store: GatewayStore, app: Any) -> None:
     """A link to an approval survives the sign-in, refused keys too; a link to another site does not."""
-    store, app = running
     key = await key_of(store)
     stranger = Visitor(app)
     asked = (await stranger.get("/approvals?status=ALL")).headers["location"]
@@ -191,9 +183,7 @@ async def test_forwarded_headers_are_believed_from_named_proxies_alone(url: str,
     assert ("secure" in answer.headers["set-cookie"].lower()) == (seen == "203.0.113.9")
 
 
-async def test_large_and_foreign_forms_are_refused(running: Running) -> None:
-    """By the length that a header names, and by the bytes that come without one."""
-    store, app = running
+async def test_large_and_foreign_forms_are_refused(store: GatewayStore, app: Any) -> None:
     alice = await signed_in(store, app)
 
     async def endless() -> AsyncIterator[bytes]:
@@ -209,9 +199,7 @@ async def test_large_and_foreign_forms_are_refused(running: Running) -> None:
     assert [each.status_code for each in (named, streamed, fields, other)] == [413, 413, 400, 415]
 
 
-async def test_of_two_approvers_the_second_reads_who_was_first(running: Running) -> None:
-    """Both send at the same time: one decision counts, and the other page names its author."""
-    store, app = running
+async def test_of_two_approvers_the_second_reads_who_was_first(store: GatewayStore, app: Any) -> None:
     request = await waiting(store)
     people = [await signed_in(store, app, name) for name in ("alice", "bob")]
 
@@ -247,9 +235,8 @@ async def test_a_decision_that_cannot_be_is_explained(url: str, form: dict[str, 
     assert said in answer.text
 
 
-async def test_an_approval_that_expired_says_so(running: Running) -> None:
+async def test_an_approval_that_expired_says_so(store: GatewayStore, app: Any) -> None:
     """Or was withdrawn for other terms: a form that was open is answered with the reason, and none is offered."""
-    store, app = running
     request = await waiting(store, expires_at=clock.utc_now() + timedelta(minutes=1))
     alice, withdrawn = await signed_in(store, app), await waiting(store, request_id="r-2")
     await waiting(store, request_id="r-2", risk_explanation="milder")

@@ -10,7 +10,7 @@ from typing import Any
 
 import console_helpers
 import pytest
-from console_helpers import Running, Visitor, console, key_of, life, signed_in, status, waiting
+from console_helpers import Visitor, console, key_of, life, signed_in, status, waiting
 from sqlalchemy import text
 
 from agent_gateway_store import GatewayStore
@@ -18,7 +18,7 @@ from agent_gateway_store.console import create_console, pages
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage.migrate import VERSION_TABLE
 
-url, running = console_helpers.url, console_helpers.running
+url, store, app = console_helpers.url, console_helpers.store, console_helpers.app
 
 
 class _Away:
@@ -41,13 +41,12 @@ class _Away:
 
 
 async def test_a_database_that_is_away_is_told_and_its_return_is_noticed(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    store: GatewayStore, app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The page tries again by itself without a script, keeps the address, and says nothing of the cause.
 
     A note that was sent stays on the screen; a sign-in leads on to where it would have led, and counts as no failure.
     """
-    store, app = running
     request = await waiting(store)
     alice = await signed_in(store, app)
     csrf, key = await alice.csrf(), await key_of(store, "bob")
@@ -81,11 +80,11 @@ async def test_a_database_that_is_away_is_told_and_its_return_is_noticed(
     assert (await Visitor(app).sign_in(key)).status_code == 303
 
 
-async def test_the_console_starts_before_its_database(tmp_path: Path, running: Running, url: str) -> None:
+async def test_the_console_starts_before_its_database(tmp_path: Path, store: GatewayStore, url: str) -> None:
     """Served by itself it opens the store once that can be, after `db upgrade`, too, and closes it at the end."""
     folder = tmp_path / "later"
-    store = GatewayStore(f"sqlite:///{folder}/gateway.db", redis_url="")
-    async with life(app := create_console(store)):
+    own = GatewayStore(f"sqlite:///{folder}/gateway.db", redis_url="")
+    async with life(app := create_console(own)):
         visitor = Visitor(app)
         before = await status(visitor, "/approvals")
         folder.mkdir()
@@ -94,9 +93,9 @@ async def test_the_console_starts_before_its_database(tmp_path: Path, running: R
 
     assert (before, after) == (503, 303)
     with pytest.raises(Exception, match="not open"):
-        await store.ping()
+        await own.ping()
     # The log is that of all organisations: a store of one is asked nothing about it.
-    async with life(bound := create_console(running[0].for_org("acme"))):
+    async with life(bound := create_console(store.for_org("acme"))):
         assert await status(Visitor(bound), "/readyz") == 200
     async with console(url) as (other, _), other.database.sessions() as session, session.begin():
         await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0001'"))

@@ -15,9 +15,9 @@ from typing import Any
 import console_helpers
 import httpx
 import pytest
-from console_helpers import Running, Visitor, key_of, signed_in, waiting
+from console_helpers import Visitor, key_of, signed_in, waiting
 
-from agent_gateway_store import ToolCall, clock
+from agent_gateway_store import GatewayStore, ToolCall, clock
 from agent_gateway_store._text import CUT_CALL
 from agent_gateway_store.console.audit import FILTERS
 from agent_gateway_store.console.inbox import Watch
@@ -26,16 +26,15 @@ from agent_gateway_store.results import Page
 from builders import make_event, make_request
 from xss import PAYLOADS
 
-url, running = console_helpers.url, console_helpers.running
+url, store, app = console_helpers.url, console_helpers.store, console_helpers.app
 
 
 # What nobody sees on a screen, or what reorders it.
 HIDDEN = ("\u202e", "\u200b", "\u2066", "\ufeff", "\u00ad", "\U000e0041", "\u3164", "\x1b")
 
 
-async def test_arguments_and_reasons_of_several_lines_are_shown_as_such(running: Running) -> None:
+async def test_arguments_and_reasons_of_several_lines_are_shown_as_such(store: GatewayStore, app: Any) -> None:
     """In the inbox and on the page of the approval; and the charts say how long approvals waited for a decision."""
-    store, app = running
     call = ToolCall(server="files", tool="write", arguments={"path": "/srv/a", "text": "one\ntwo"})
     request = await waiting(store, tool_call=call, risk_explanation="writes a file\nwithout a copy")
     denied = await waiting(store, tool_call=call, request_id="other")
@@ -54,9 +53,8 @@ async def test_arguments_and_reasons_of_several_lines_are_shown_as_such(running:
     assert re.search(r'<td class="num">[0-9]+\.[0-9]</td>', row)
 
 
-async def test_nothing_becomes_markup_and_nothing_is_hidden(running: Running) -> None:
+async def test_nothing_becomes_markup_and_nothing_is_hidden(store: GatewayStore, app: Any) -> None:
     """Every payload in every text of a request and an event: no page holds a tag of it, or an unseen character."""
-    store, app = running
     alice = await signed_in(store, app)
     texts_of = [*PAYLOADS, *(f"a{hidden}b" for hidden in HIDDEN)]
     # Several in one text, which is short enough to be shown whole as an id.
@@ -88,14 +86,12 @@ async def test_nothing_becomes_markup_and_nothing_is_hidden(running: Running) ->
 
 
 async def text_of(visitor: Visitor, path: str) -> str:
-    """Return the text of a page."""
     answer = await visitor.get(path)
     assert answer.status_code == 200, (path, answer.text[:500])
     return answer.text
 
 
 def tags(text: str) -> set[str]:
-    """Return the names of the elements in a page."""
     return set(re.findall(r"<(\w+)", text))
 
 
@@ -114,9 +110,7 @@ def harmless(text: str, *, typed: bool = False) -> None:
     assert all(each.isprintable() or each == "\n" for each in shown), [each for each in shown if not each.isprintable()]
 
 
-async def test_long_values_are_whole_on_the_page_of_their_approval_alone(running: Running) -> None:
-    """There nothing is cut; lists, which hold many of them, show how they begin and lead there."""
-    store, app = running
+async def test_long_values_are_whole_on_the_page_of_their_approval_alone(store: GatewayStore, app: Any) -> None:
     alice = await signed_in(store, app)
     arguments = {"body": "x" * 30_000 + "THE-END", "lines": [f"line {number}" for number in range(2_000)]}
     call = ToolCall(server="s", tool="t", arguments=arguments)
@@ -143,9 +137,7 @@ async def test_long_values_are_whole_on_the_page_of_their_approval_alone(running
     assert "<dt><code>name 100" not in later
 
 
-async def test_a_call_that_was_not_stored_whole_says_so(running: Running) -> None:
-    """In the inbox and above the decision; nothing claims that all of it is there."""
-    store, app = running
+async def test_a_call_that_was_not_stored_whole_says_so(store: GatewayStore, app: Any) -> None:
     arguments = {"sql": "SELECT 1; -- " + "harmless " * 8_000 + "\nDROP TABLE customers;"}
     request = await waiting(store, tool_call=ToolCall(server="db", tool="query", arguments=arguments))
     alice = await signed_in(store, app)
@@ -158,11 +150,9 @@ async def test_a_call_that_was_not_stored_whole_says_so(running: Running) -> Non
 
 
 async def test_no_token_key_or_session_is_on_a_page_in_a_log_or_in_a_url(
-    running: Running, caplog: pytest.LogCaptureFixture
+    store: GatewayStore, app: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Sign-ins and decisions are logged with who did what, and no secret is."""
     caplog.set_level(logging.INFO, "agent_gateway_store.console")
-    store, app = running
     request = make_request()
     token = await store.approvals.issue_token(request)
     key = await key_of(store)
@@ -181,11 +171,9 @@ async def test_no_token_key_or_session_is_on_a_page_in_a_log_or_in_a_url(
         assert words in caplog.text
 
 
-async def test_every_filter_of_search_is_in_the_form(running: Running) -> None:
-    """A page for a wrong value says what is wrong and keeps what was typed."""
+async def test_every_filter_of_search_is_in_the_form(store: GatewayStore, app: Any) -> None:
     from agent_gateway_store.audit.filters import Filters
 
-    store, app = running
     alice = await signed_in(store, app)
 
     form = (await alice.get("/audit")).text
@@ -202,9 +190,7 @@ async def test_every_filter_of_search_is_in_the_form(running: Running) -> None:
     assert 'value="rm"' in unknown.text
 
 
-async def test_a_search_is_walked_page_by_page(running: Running) -> None:
-    """The link to older events keeps the filters, and each event is on one page."""
-    store, app = running
+async def test_a_search_is_walked_page_by_page(store: GatewayStore, app: Any) -> None:
     await store.audit.write_many([make_event(caller_id="walker", session_id="s") for _ in range(120)])
     await store.audit.write_many([make_event(caller_id="other") for _ in range(20)])
     alice = await signed_in(store, app)
@@ -223,9 +209,7 @@ async def test_a_search_is_walked_page_by_page(running: Running) -> None:
 
 @pytest.mark.system
 @pytest.mark.parametrize("count", [500, pytest.param(5_000, marks=pytest.mark.slow)])
-async def test_fuzzed_requests_are_never_an_error_of_ours(running: Running, count: int) -> None:
-    """Whatever is sent, to every path, signed in or not: an answer below 500."""
-    store, app = running
+async def test_fuzzed_requests_are_never_an_error_of_ours(store: GatewayStore, app: Any, count: int) -> None:
     request = await waiting(store)
     await store.audit.write(make_event())
     alice, dice = await signed_in(store, app), random.Random(7)
@@ -252,8 +236,7 @@ async def test_fuzzed_requests_are_never_an_error_of_ours(running: Running, coun
         assert answer.status_code < 500, (number, path, query, body, answer.text[:300])
 
 
-async def test_a_hundred_and_twenty_wait_and_each_is_reached(running: Running) -> None:
-    store, app = running
+async def test_a_hundred_and_twenty_wait_and_each_is_reached(store: GatewayStore, app: Any) -> None:
     async with store.database.sessions() as session, session.begin():
         session.add_all(
             make_request(tool_call_hash="0" * 64, expires_at=clock.utc_now() + timedelta(hours=1)) for _ in range(120)
@@ -270,9 +253,8 @@ async def test_a_hundred_and_twenty_wait_and_each_is_reached(running: Running) -
     assert (len(found), count) == (120, 3)
 
 
-async def test_the_version_of_a_list_changes_exactly_with_the_list(running: Running) -> None:
+async def test_the_version_of_a_list_changes_exactly_with_the_list(store: GatewayStore, app: Any) -> None:
     """Browsers compare it in place of texts, whose length agents choose: no time that is left changes it."""
-    store, app = running
     alice = await signed_in(store, app)
     elsewhere = store.for_org("elsewhere")
     paths, requests = ("/approvals", "/approvals?status=ALL"), []
@@ -313,7 +295,6 @@ async def test_the_version_of_a_list_changes_exactly_with_the_list(running: Runn
 
 
 async def test_a_slow_read_for_one_organisation_holds_up_no_other() -> None:
-    """Their event streams read at the same time; those of one organisation share a read."""
     watch, goes_on, reads = Watch(), asyncio.Event(), list[str]()
 
     def session(org_id: str, *, is_slow: bool) -> Any:
@@ -335,9 +316,7 @@ async def test_a_slow_read_for_one_organisation_holds_up_no_other() -> None:
     assert reads == ["slow", "quick"]
 
 
-async def test_events_tell_of_what_is_new(running: Running) -> None:
-    """A page that saw another inbox is told so at once; who is not signed in is not."""
-    store, app = running
+async def test_events_tell_of_what_is_new(store: GatewayStore, app: Any) -> None:
     alice = await signed_in(store, app)
     await waiting(store)
 

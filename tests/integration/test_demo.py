@@ -35,7 +35,6 @@ def test_the_demo_runs_in_an_empty_folder_and_shows_its_audit_log(tmp_path: Path
 
 
 def test_the_demo_tells_the_truth_and_can_be_run_again(tmp_path: Path) -> None:
-    """What it says is in the database: real latencies and hashes, one approval used, one denied."""
     first = gateway_store("demo", "--json").json
 
     second = gateway_store("demo", "--json").json
@@ -88,24 +87,8 @@ def test_the_demo_uses_the_database_it_is_given(
     assert events[-1].raw_args_hash == AuditEvent.hash_args({}, key="pepper")
 
 
-def test_a_load_ends_by_itself_and_is_recorded(tmp_path: Path) -> None:
-    """The calls that it says, with approvals granted and denied, at about the rate that was asked for."""
-    # A process of its own: it sets the OpenTelemetry providers, of which each process has one for good.
-    # No collector is there, for which its exporters wait, at the end, as long as their own setting says.
-    made = run_process(
-        "demo", "--load", "--seconds", "2", "--rate", "20", "--json", OTEL_EXPORTER_OTLP_TIMEOUT="1"
-    ).json
-
-    assert made["calls"] + made["left_out"] <= 40
-    assert made["failed"] == 0
-    with SyncGatewayStore(f"sqlite:///{tmp_path}/gateway-demo.db") as store:
-        # Two of forty only try a wrong key.
-        assert len(store.audit.list_recent()) >= made["calls"] - 2
-        assert {request.status for request in store.approvals.list_requests()} <= {"USED", "DENIED"}
-
-
-def test_a_load_sends_its_figures_by_otlp(tmp_path: Path) -> None:
-    """To the endpoint that the SDK's variable names; without the exporter it says in one sentence what to install."""
+def test_a_load_ends_by_itself_and_sends_its_figures_by_otlp(tmp_path: Path) -> None:
+    """To the endpoint that the SDK's variable names; without the exporter it says what to install."""
     paths: list[str] = []
     bodies = bytearray()
 
@@ -120,20 +103,26 @@ def test_a_load_sends_its_figures_by_otlp(tmp_path: Path) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
+    load = ("demo", "--load", "--seconds", "2", "--rate", "20", "--json")
     with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
         serving = threading.Thread(target=server.serve_forever)
         serving.start()
+        # A process of its own: it sets the OpenTelemetry providers, of which each process has one for good.
         endpoint = f"http://127.0.0.1:{server.server_port}"
-        sent = run_process("demo", "--load", "--seconds", "1", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+        sent = run_process(*load, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
         server.shutdown()
         serving.join()
-    program = (
-        "import sys; sys.modules['opentelemetry.exporter'] = None; from agent_gateway_store.cli import main; main()"
-    )
-    command = ["-c", program, "demo", "--load", "--seconds", "1"]
-    without = forks().run(command, cwd=tmp_path, env=os.environ, timeout=60)
+    program = "import sys; sys.modules['opentelemetry.exporter'] = None; "
+    program += "from agent_gateway_store.cli import main; main()"
+    without = forks().run(["-c", program, *load[:2], "--seconds", "1"], cwd=tmp_path, env=os.environ, timeout=60)
 
     assert (sent.code, sent.err) == (0, "")
+    assert sent.json["calls"] + sent.json["left_out"] <= 40
+    assert sent.json["failed"] == 0
+    with SyncGatewayStore(f"sqlite:///{tmp_path}/gateway-demo.db") as store:
+        # Two of forty only try a wrong key.
+        assert len(store.audit.list_recent(500)) >= sent.json["calls"] - 2
+        assert {request.status for request in store.approvals.list_requests()} <= {"USED", "DENIED"}
     assert set(paths) == {"/v1/traces", "/v1/metrics"}
     assert b"audit.write" in bodies
     assert b"agent_gateway_store.audit.commit_duration" in bodies

@@ -35,7 +35,6 @@ def dumped(calls: list[Call]) -> list[Any]:
 
 
 def test_the_same_seed_gives_the_same_history() -> None:
-    """To the last digit; another seed, number or end gives another, with ids of its own."""
     first, again = (list(history(400, seed=1, end=END, keys=KEYS)) for _ in range(2))
 
     assert dumped(first) == dumped(again)
@@ -117,8 +116,6 @@ def test_it_tells_people_what_to_do_next() -> None:
 
 
 def test_the_end_may_be_a_time_or_so_long_ago() -> None:
-    """Of any zone, UTC if it names none; if nobody says when, it is the last full hour."""
-
     def end(*options: str) -> datetime:
         return datetime.fromisoformat(gateway_store("demo", "--events", "10", "--json", *options).json["until"])
 

@@ -28,26 +28,21 @@ BY = re.compile(r"by \(([\w, ]+)\)")
 
 
 def load(name: str) -> Any:
-    """Return a YAML file of the example."""
     return yaml.safe_load((FOLDER / name).read_text())
 
 
 def rules() -> list[dict[str, Any]]:
-    """The alerts."""
     found: list[dict[str, Any]] = load("alerts.yaml")["groups"][0]["rules"]
     return found
 
 
 def expressions() -> Iterator[str]:
-    """Every expression of the alerts and of the dashboard."""
     yield from (rule["expr"] for rule in rules())
     for panel in json.loads((FOLDER / "grafana/dashboard.json").read_text())["panels"]:
         yield from (target["expr"] for target in panel.get("targets", []))
 
 
 class Refusing:
-    """A sink that takes nothing."""
-
     name = "siem"
 
     async def send(self, events: Sequence[AuditEvent]) -> None:
@@ -83,7 +78,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> dict[s
 
 
 def test_every_metric_is_exported_and_shown(exported: dict[str, set[str]]) -> None:
-    """The dashboard leaves no metric of the table out."""
     shown = " ".join(expressions())
 
     for name in METRICS:
@@ -93,7 +87,6 @@ def test_every_metric_is_exported_and_shown(exported: dict[str, set[str]]) -> No
 
 
 def test_an_expression_names_what_is_exported(exported: dict[str, set[str]]) -> None:
-    """Its metrics by the names that OTLP has in Prometheus, and their labels."""
     for expression in expressions():
         names = NAME.findall(expression)
         known = set().union(*(exported.get(name, set()) for name in names)) | {"job", "instance"}
@@ -104,7 +97,6 @@ def test_an_expression_names_what_is_exported(exported: dict[str, set[str]]) -> 
 
 
 def test_every_alert_wakes_somebody() -> None:
-    """Each with a name of its own and a sentence that says what is wrong."""
     assert len({rule["alert"] for rule in rules()}) == 12
     for rule in rules():
         assert rule["labels"] == {"severity": "page"}
@@ -112,7 +104,6 @@ def test_every_alert_wakes_somebody() -> None:
 
 
 def test_the_pages_explain_every_alert_and_list_every_metric() -> None:
-    """What it means, and in the runbook what to type; with unit and meaning as in the code."""
     docs = FOLDER.parents[1] / "docs"
     page = (docs / "how-to/opentelemetry.md").read_text()
     table = (docs / "reference/telemetry.md").read_text()
@@ -126,7 +117,6 @@ def test_the_pages_explain_every_alert_and_list_every_metric() -> None:
 
 
 def test_the_services_find_their_files() -> None:
-    """Every file that is mounted exists, and the services name each other as they are called."""
     services = load("compose.yaml")["services"]
     config = load("collector-prometheus.yaml")
 

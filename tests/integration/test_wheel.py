@@ -91,7 +91,6 @@ def dependencies_of(own: metadata.Distribution) -> list[metadata.Distribution]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[Path]:
-    """A folder that is no checkout."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     yield folder
@@ -132,7 +131,6 @@ def sources(folder: str) -> list[Path]:
 
 
 def test_the_installed_command_migrates(python: Path, elsewhere: Path) -> None:
-    """`db upgrade` finds the scripts inside the wheel; `db check` finds nothing to say."""
     command = python.with_name("gateway-store")
     environment = {"DATABASE_URL": f"sqlite:///{elsewhere}/own.db"}
     run(command, "db", "upgrade", cwd=elsewhere, **environment)

@@ -25,13 +25,11 @@ OPENING = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the notebooks lie."""
     return tmp_path_factory.mktemp("lab")
 
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    """A JupyterLab that runs."""
     with lab(folder) as found:
         yield found
 
@@ -44,7 +42,6 @@ def store(tmp_path: Path) -> Iterator[SyncGatewayStore]:
 
 
 def ask(store: SyncGatewayStore, name: str, **fields: str) -> str:
-    """Ask for an approval; returns its token."""
     given = {"caller_id": "dev-agent", "risk_explanation": f"Deletes {name}."} | fields
     call = ToolCall(server="files", tool="delete_file", arguments={"name": name})
     token: str = store.approvals.issue_token(ApprovalRequest(request_id=f"r-{name}", tool_call=call, **given))

@@ -45,7 +45,6 @@ def test_every_error_has_its_exit_code() -> None:
 
 
 def test_a_sentence_shows_no_secret() -> None:
-    """Neither a token nor a password, whoever put it into an error."""
     token = "aB3" + "x" * 40
 
     for error in (errors.GatewayStoreError(f"no {token}"), RuntimeError(f"{token} postgresql://u:hunter2@h/d")):

@@ -21,7 +21,6 @@ def load(name: str) -> dict[str, Any]:
 
 
 def test_test_servers_are_those_of_the_ladder() -> None:
-    """Off the default ports and the network, for gateway_test alone, with data in memory."""
     services = load("docker-compose.test.yml")["services"]
     command = " ".join(services["redis"]["command"])
 
@@ -37,7 +36,6 @@ def test_test_servers_are_those_of_the_ladder() -> None:
 
 
 def test_example_collector_takes_otlp_and_logs_it() -> None:
-    """The collector listens on 4317 with a config file that exists and that logs every signal."""
     service = load("docker-compose.yml")["services"]["otel-collector"]
     source, target, _ = service["volumes"][0].split(":")
     config = load(source)

@@ -23,12 +23,10 @@ ENDS = [MONDAY + number * (2 * DAY + 9 * HOUR) for number in range(3)]
 
 @cache
 def calls_until(end: datetime) -> list[Call]:
-    """The history that ends then."""
     return list(history(3_000, seed=7, end=end, keys={}))
 
 
 def hour_of(event: AuditEvent) -> datetime:
-    """The hour in which it was."""
     return event.timestamp.replace(minute=0, second=0, microsecond=0)
 
 
@@ -77,7 +75,6 @@ def test_a_leaked_key_and_retries_can_be_found(end: datetime) -> None:
 
 @pytest.mark.parametrize("incident", [PROBED, SLOW, STOLEN], ids=["probed", "slow", "stolen"])
 def test_an_incident_begins_at_its_hour(incident: Incident) -> None:
-    """On the latest day that is old enough, be the end to the second or the microsecond before."""
     for number in range(7 * 24):
         for end in (MONDAY + number * HOUR, MONDAY + number * HOUR - timedelta(microseconds=1)):
             start = incident.start(end)

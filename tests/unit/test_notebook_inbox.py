@@ -23,25 +23,21 @@ NASTY = "<b>x</b>\u202e"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SyncGatewayStore]:
-    """A blocking store."""
     with SyncGatewayStore(f"sqlite:///{tmp_path}/gateway.db") as opened:
         yield opened
 
 
 @pytest.fixture
 async def awaited(tmp_path: Path) -> AsyncIterator[GatewayStore]:
-    """An asynchronous store."""
     async with GatewayStore(f"sqlite:///{tmp_path}/awaited.db") as opened:
         yield opened
 
 
 def request(name: str = "a.txt", **fields: Any) -> ApprovalRequest:
-    """An approval to ask for."""
     return make_request(tool_call={"server": "files", "tool": "delete_file", "arguments": {"path": name}}, **fields)
 
 
 def click(shown: Any, **message: Any) -> list[dict[str, Any]]:
-    """Send what the browser sends; returns what it receives."""
     replies: list[dict[str, Any]] = []
     shown.send = replies.append
     shown._handle_custom_msg(message, [])
@@ -64,7 +60,6 @@ def test_a_click_decides_under_the_approvers_name(store: SyncGatewayStore) -> No
 
 
 def test_who_was_slower_is_replies_who_won(store: SyncGatewayStore) -> None:
-    """The decision stands, the item goes, the browser is answered."""
     token = store.approvals.issue_token(request())
     shown: Any = inbox(store, approver="alice")
     store.approvals.deny(token, approver_id="bob")
@@ -79,7 +74,6 @@ def test_who_was_slower_is_replies_who_won(store: SyncGatewayStore) -> None:
 
 
 def test_a_call_that_was_not_stored_whole_says_so(store: SyncGatewayStore) -> None:
-    """In the widget and in the plain table; a call that was does not."""
     store.approvals.issue_token(request())
     store.approvals.issue_token(request("x" * 70_000))
     cut, whole = inbox(store, approver="alice").items  # type: ignore[attr-defined]
@@ -91,7 +85,6 @@ def test_a_call_that_was_not_stored_whole_says_so(store: SyncGatewayStore) -> No
 
 
 def test_a_refresh_shows_what_came(store: SyncGatewayStore) -> None:
-    """To a bound store what came to its organisation; with a table for where widgets are off."""
     shown, bound = (inbox(each, approver="alice") for each in (store, store.for_org("acme")))
     assert shown.items == []  # type: ignore[attr-defined]
     for name, org_id in (("a.txt", "acme"), ("b.txt", "other")):
@@ -161,7 +154,6 @@ async def test_its_methods_work_without_a_browser(awaited: GatewayStore, store: 
 
 
 def test_the_plain_table_has_calls_to_copy(store: SyncGatewayStore) -> None:
-    """They run as they stand, whatever the approver is called; nothing is markup."""
     asked = request(caller_id=NASTY, risk_explanation=NASTY)
     token = store.approvals.issue_token(asked)
     shown = inbox(store, approver="o'neil", widgets=False)

@@ -44,18 +44,15 @@ def events(count: int = 48) -> Page[AuditEvent]:
 
 
 def approval(status: str, waited_s: float | None) -> ApprovalRequest:
-    """An approval that was decided after so long."""
     decided = None if waited_s is None else START + timedelta(seconds=waited_s)
     return make_request(status=status, created_at=START, decision_at=decided)
 
 
 def rows_of(chart: Any) -> list[dict[str, Any]]:
-    """Everything that a chart holds."""
     return [row for rows in chart.to_dict().get("datasets", {}).values() for row in rows]
 
 
 def said(chart: Any) -> str:
-    """A chart's title and subtitle."""
     title = chart.to_dict()["title"]
     return " | ".join([title["text"], *title["subtitle"]])
 
@@ -84,7 +81,6 @@ def test_the_timeline_counts_each_decision_in_each_bucket() -> None:
 
 
 def test_the_timeline_of_stats_keeps_their_buckets() -> None:
-    """Buckets that are there are added up where there are too many, and never split."""
     rows = [
         {"bucket": START + timedelta(hours=6 * number), "decision": "ALLOW", "calls": 2, "denials": 0} | LATENCIES
         for number in range(1_000)
@@ -98,7 +94,6 @@ def test_the_timeline_of_stats_keeps_their_buckets() -> None:
 
 
 def test_a_bucket_suits_the_span() -> None:
-    """About a hundred of them, of a length that people use, and a multiple of what there is."""
     for span, least, step in (
         (timedelta(), None, timedelta(seconds=1)),
         (timedelta(hours=2), None, timedelta(minutes=1)),
@@ -163,7 +158,6 @@ def test_risk_counts_a_call_under_each_of_its_labels() -> None:
 
 
 def test_waiting_draws_what_was_decided() -> None:
-    """An approval that was used had been approved; one that expired is told, not drawn."""
     page = Page(
         [approval("USED", 60), approval("APPROVED", 90), approval("DENIED", 5), approval("PENDING", None)]
         + [approval("EXPIRED", None)] * 2
@@ -189,7 +183,6 @@ def test_nothing_to_draw_is_said() -> None:
 
 
 def test_many_events_make_a_small_chart() -> None:
-    """Altair refuses more than 5,000 rows of its own: what is drawn was counted before."""
     frame = pd.DataFrame(
         {
             "timestamp": [START + timedelta(seconds=37 * number) for number in range(6_000)],
@@ -216,7 +209,6 @@ def test_a_dark_theme_leaves_dark_ink_on_white() -> None:
 
 
 def test_text_of_the_data_is_neither_markup_nor_a_field_name() -> None:
-    """Altair writes data into a script element as it is, so no less-than sign may be in it."""
     nasty = "</script><b>datum['x']\x1b\u202e"
     page = Page([make_event(tool_name=nasty, caller_id=nasty, risk_labels=[nasty], execution_status="SUCCESS")])
 
@@ -253,7 +245,6 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("chosen", "kept"), [("default", "svg"), ("json", "json")])
 def test_a_plot_asks_no_public_server_for_scripts(chosen: str, kept: str) -> None:
-    """Where nobody has chosen a renderer of Altair's, it is a drawing; a choice is kept."""
     with alt.renderers.enable(chosen):
         drawn = plot.timeline(events())._repr_mimebundle_()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent_gateway_store.cli.context import in_store, read_store, require_no_org, settings_of
-from agent_gateway_store.cli.errors import CommandError, ExitCode
+from agent_gateway_store.cli.errors import CommandError, ExitCode, file_errors
 from agent_gateway_store.cli.output import JsonOption, complain, print_fields, print_json, print_result, say, to_dict
 from agent_gateway_store.errors import InvalidEvidenceError
 
@@ -83,15 +83,10 @@ def prove(
     from agent_gateway_store.storage.files import opened, partial
 
     evidence = read_store(ctx, lambda store: store.evidence.prove(request_id), as_json=json)
-    try:
+    with file_errors(output):
         text = evidence.to_tlog_proof() if output.suffix == ".tlog-proof" else evidence.to_json()
         with partial(output, overwrite=overwrite) as written, opened(written, None) as write:
             write(text.encode())
-    except (OSError, ValueError) as exc:
-        if isinstance(exc, OSError) and exc.filename is not None:
-            # It is the system's, and said as such.
-            raise
-        raise CommandError(str(exc)) from exc
     size = evidence.checkpoint.size if evidence.checkpoint else 0
     is_sealed = evidence.checkpoint is not None
     place = f"position {evidence.position:,} in a log of {size:,} events" if is_sealed else "not sealed yet"

@@ -14,7 +14,6 @@ from agent_gateway_store.cli.audit import count_text, filtered
 from agent_gateway_store.cli.context import in_store, read_store, require_no_org
 from agent_gateway_store.cli.errors import CommandError, ExitCode, file_errors
 from agent_gateway_store.cli.output import JsonOption, print_page, print_result, to_dict
-from agent_gateway_store.errors import GatewayStoreError
 
 if TYPE_CHECKING:
     from agent_gateway_store.retention import RetentionManager
@@ -125,14 +124,10 @@ def find(
     json: JsonOption = False,
 ) -> None:
     """List what an erasure request is about: events and approvals, the archive included."""
-    try:
+    with file_errors(archive, typer.BadParameter):
         found = read_store(
             ctx, lambda store: store.retention.find(caller_id=caller_id, text=text, archive=archive), as_json=json
         )
-    except GatewayStoreError:
-        raise
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc)) from None
     columns = {"kind": "Kind", "request_id": "Request", "timestamp": "Time", "caller_id": "Caller"}
     print_page(found, columns=columns | {"tool_name": "Tool", "file": "File"}, whole=("request_id",), as_json=json)
 

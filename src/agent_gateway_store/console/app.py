@@ -16,14 +16,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from agent_gateway_store import errors
 from agent_gateway_store.console import audit, charts, inbox, pages, safety
 from agent_gateway_store.console.sessions import COOKIE, Sessions, address_of, is_right, logger
-from agent_gateway_store.errors import (
-    ApprovalNotFoundError,
-    GatewayStoreError,
-    InvalidApiKeyError,
-    InvalidCursorError,
-)
 from agent_gateway_store.store import GatewayStore
 
 # Chosen: a load balancer asks every few seconds and gives up on an answer soon after.
@@ -43,7 +38,7 @@ def build(store: GatewayStore) -> ASGIApp:
         console.owns_store = True
         try:
             await store.open()
-        except GatewayStoreError as exc:
+        except errors.GatewayStoreError as exc:
             logger.warning("The console waits for its database: %s", exc)
         yield
         await store.close()
@@ -68,9 +63,9 @@ def build(store: GatewayStore) -> ASGIApp:
     ]
     handlers = {
         HTTPException: _refused,
-        ApprovalNotFoundError: _absent,
-        InvalidCursorError: _bad_cursor,
-        GatewayStoreError: _away,
+        errors.ApprovalNotFoundError: _absent,
+        errors.InvalidCursorError: _bad_cursor,
+        errors.GatewayStoreError: _away,
     }
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
     app.state.console, app.state.watch = console, inbox.Watch()
@@ -110,7 +105,7 @@ async def _ready(request: Request) -> Response:
             if console.store.org_id is None:
                 # The log is that of all organisations, and is not shown to a store of one.
                 await console.store.evidence.checkpoint()
-    except (GatewayStoreError, TimeoutError) as exc:
+    except (errors.GatewayStoreError, TimeoutError) as exc:
         logger.warning("The console is not ready: %s", exc)
         return PlainTextResponse("not ready", 503)
     return PlainTextResponse("ready")
@@ -199,7 +194,7 @@ async def _login(request: Request) -> Response:
         return response
     try:
         session_id = await console.sessions.sign_in(form.get("key", ""), address=address)
-    except InvalidApiKeyError:
+    except errors.InvalidApiKeyError:
         refused = "This key was not accepted. It must be valid, and its role one that may use the console."
         return _login_page(request, following, status=403, error=refused)
     await _end(request)

@@ -16,20 +16,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from agent_gateway_store import _text, clock
+from agent_gateway_store import _text, clock, errors
 from agent_gateway_store._concurrency import SingleFlight
 from agent_gateway_store.console import pages
 from agent_gateway_store.console.sessions import Session, address_of, is_right, logger
-from agent_gateway_store.errors import (
-    ApprovalAlreadyDecidedError,
-    ApprovalAlreadyVotedError,
-    ApprovalError,
-    ApprovalExpiredError,
-    ApprovalNotFoundError,
-    DecisionVetoedError,
-    GatewayStoreError,
-    SelfApprovalError,
-)
 from agent_gateway_store.models.approval import ApprovalRequest
 from agent_gateway_store.models.audit import AuditEvent
 from agent_gateway_store.models.values import ApprovalStatus
@@ -160,9 +150,9 @@ async def decide(request: Request) -> Response:
     approval_id = request.path_params["approval_id"]
     try:
         result = await verbs[verb](approval_id=approval_id, approver_id=session.caller_id, note=note, channel=CHANNEL)
-    except ApprovalNotFoundError:
+    except errors.ApprovalNotFoundError:
         raise
-    except ApprovalError as exc:
+    except errors.ApprovalError as exc:
         if _is_repeated(exc, session, verb):
             return pages.to(request, f"/approvals/{approval_id}")
         reason = _text.sentence(str(exc))
@@ -179,22 +169,24 @@ async def decide(request: Request) -> Response:
     return pages.to(request, f"/approvals/{result.approval_id}")
 
 
-def _is_repeated(error: ApprovalError, session: Session, verb: str) -> bool:
+def _is_repeated(error: errors.ApprovalError, session: Session, verb: str) -> bool:
     """True for the second click of somebody who decided the same."""
-    if not isinstance(error, ApprovalAlreadyDecidedError):
+    if not isinstance(error, errors.ApprovalAlreadyDecidedError):
         return False
     same = {"approve": (ApprovalStatus.APPROVED, ApprovalStatus.USED), "deny": (ApprovalStatus.DENIED,)}
     return error.approver_id == session.caller_id and error.status in same[verb]
 
 
-def _status_of(error: ApprovalError) -> int:
-    if isinstance(error, ApprovalAlreadyDecidedError | ApprovalAlreadyVotedError | ApprovalExpiredError):
+def _status_of(error: errors.ApprovalError) -> int:
+    if isinstance(
+        error, errors.ApprovalAlreadyDecidedError | errors.ApprovalAlreadyVotedError | errors.ApprovalExpiredError
+    ):
         return 409
-    return 403 if isinstance(error, SelfApprovalError | DecisionVetoedError) else 400
+    return 403 if isinstance(error, errors.SelfApprovalError | errors.DecisionVetoedError) else 400
 
 
-def _reason(error: ApprovalError) -> str:
-    if isinstance(error, ApprovalAlreadyDecidedError) and error.approver_id:
+def _reason(error: errors.ApprovalError) -> str:
+    if isinstance(error, errors.ApprovalAlreadyDecidedError) and error.approver_id:
         at = f" at {pages.utc_text(error.decided_at)} UTC" if error.decided_at else ""
         if error.status == ApprovalStatus.CANCELLED:
             again = "If it was asked again on other terms, it is among all that waits."
@@ -237,7 +229,7 @@ async def _stream(watch: Watch, session: Session, known: str) -> AsyncIterator[s
     while clock.monotonic() < end and not _is_stopping():
         try:
             word, waiting = await watch.look(session)
-        except GatewayStoreError:
+        except errors.GatewayStoreError:
             # The page listens again, every few seconds, until the database is back.
             return
         if word != known:

@@ -1,11 +1,11 @@
-"""Policy files, as far as the store needs them: roles and their trust levels; rules are checked for their shape."""
+"""Policy files, as far as the store needs them: roles and their trust levels. Rules are left to the gateway."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from agent_gateway_store.cli.errors import CommandError, describe_validation
 from agent_gateway_store.models.keys import TrustLevel
@@ -13,21 +13,8 @@ from agent_gateway_store.models.keys import TrustLevel
 _EXAMPLE = "see examples/policies/default.yaml"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-
-class _Rule(_Part):
-    server: str
-    tool: str
-    reason: str = ""
-
-
-class _Role(_Part):
+class _Role(BaseModel):
     trust_level: TrustLevel
-    allow: list[_Rule] = []
-    require_approval: list[_Rule] = []
-    deny: list[_Rule] = []
 
     @field_validator("trust_level", mode="before")
     @classmethod
@@ -37,9 +24,7 @@ class _Role(_Part):
         return TrustLevel[value]
 
 
-class PolicyFile(_Part):
-    """A policy file: what each role may do, and its trust level."""
-
+class _PolicyFile(BaseModel):
     version: str | int
     roles: dict[str, _Role] = Field(min_length=1)
 
@@ -59,7 +44,7 @@ def read_policies(path: Path) -> dict[str, TrustLevel]:
     if not isinstance(document, dict):
         raise CommandError(f"{path.name} is not a policy file: it holds no `version` and `roles`; {_EXAMPLE}.")
     try:
-        policies = PolicyFile.model_validate(document)
+        policies = _PolicyFile.model_validate(document)
     except ValidationError as exc:
         raise CommandError(f"{path.name} is not a policy file: {describe_validation(exc)}; {_EXAMPLE}.") from exc
     return {name: role.trust_level for name, role in policies.roles.items()}

@@ -19,14 +19,7 @@ NIGHTLY: Hours = (0.0, 0.4, 4.0, 3.0, 0.6, *[0.05] * 17, 0.1, 0.0)
 
 @dataclass(frozen=True)
 class Caller:
-    """An agent and its habits.
-
-    Attributes:
-        share: Of all calls; the shares add up to 1.
-        hours: Weight of each hour of the day, UTC.
-        weekend: Weight of a Saturday or Sunday beside a weekday.
-        tools: Name of a tool to its weight.
-    """
+    """An agent and its habits: its share of all calls, and the weights of hours (UTC), of weekend days and of tools."""
 
     name: str
     role: str
@@ -42,16 +35,8 @@ class Caller:
 class Tool:
     """A tool, how long it takes, how often it fails, and what the policy says about it.
 
-    Attributes:
-        median_ms: Median latency; latencies are lognormal.
-        spread: Sigma of the logarithm of the latency.
-        fails: Share of the calls that end in TOOL_ERROR.
-        risk: Middle of its risk scores, of 1.
-        rule: The policy rule that usually matches.
-        arguments: Makes arguments, already sanitised.
-        labels: Risk label to the share of the calls that have it.
-        asks: Share of the calls for which a human is asked.
-        denied: Share that is refused; `cleaned`: share that is allowed with changed arguments.
+    Latencies are lognormal: their median, and the sigma of their logarithm, `spread`. `fails`, `asks`, `denied`,
+    `cleaned` and the values of `labels` are shares of the calls; `arguments` makes sanitised ones.
     """
 
     server: str
@@ -75,13 +60,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class Incident:
-    """An incident: it began on the latest day on which its hour was at least `age` before the end of the history.
-
-    Attributes:
-        hour: Hour of the day at which it began, UTC.
-        age: Least time from its begin to the end; the time is less than a day more.
-        length: How long it lasted.
-    """
+    """An incident: it began on the latest day on which its hour (UTC) was at least `age` before the end."""
 
     hour: int
     age: timedelta
