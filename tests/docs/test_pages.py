@@ -31,6 +31,7 @@ from agent_gateway_store.errors import DecisionVetoedError, NotDeliveredError
 from builders import make_event, make_request
 from forks import forks
 from pages import BLOCK, PAGES, blocks, python_of
+from wheels import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.system]
 
@@ -99,6 +100,16 @@ def test_page_runs(page: str, request: pytest.FixtureRequest, tmp_path: Path) ->
     assert said == ""
     if "asyncio.run(main())" in python_of(page):
         assert_shown(printed, page, behind="asyncio.run(main())\n```\n")
+
+
+def test_readme_example_runs(tmp_path: Path) -> None:
+    """The one Python block of the README runs as it stands, in at most fifteen lines, and again."""
+    [example] = blocks("python", (ROOT / "README.md").read_text())
+    for _ in range(2):
+        printed = run(tmp_path, sys.executable, "-W", "error", "-c", example)
+
+        assert printed == ("refund APPROVAL_REQUIRED SUCCESS\n", "")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
 
 
 def free_port() -> int:

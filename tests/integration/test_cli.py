@@ -185,6 +185,7 @@ def test_no_control_byte_of_the_data_reaches_the_terminal() -> None:
         assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", outcome.said) is None, outcome
 
 
+@pytest.mark.system
 def test_no_color_is_honoured_and_a_terminal_gets_only_our_own_sequences() -> None:
     gateway_store("audit", "write", input=event_line("r1", caller_id="evil\x1b[31m"))
 

@@ -78,6 +78,7 @@ def test_tail_shows_the_newest_events_oldest_first(cli: Cli) -> None:
     assert cli("audit", "write", input=documents).out == "1 DUPLICATE r2\n2 DUPLICATE r3\n3 DUPLICATE r4\n"
 
 
+@pytest.mark.system
 def test_tail_follows_what_is_added_until_ctrl_c(tmp_path: Path) -> None:
     """Nothing is shown twice or left out, a burst neither; and until its reader ends, as in `audit tail | head`."""
     url = f"sqlite:///{tmp_path / 'cli.db'}"

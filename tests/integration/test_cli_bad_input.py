@@ -53,11 +53,17 @@ def test_a_folder_that_cannot_be_written_is_exit_code_5(tmp_path: Path) -> None:
         outcome = gateway_store("--database-url", f"{url}/{path}", *command, input=event_line("r1"))
         outcome.assert_fails(5, "folder exists and is writable")
     gateway_store("--database-url", f"{url}/file", "keys", "list").assert_fails(5, "not a SQLite database")
-    # As a process: the driver's threads end before it says its sentence.
-    run_process("--database-url", f"{url}/none/x.db", "audit", "write", input="").assert_fails(5, "is writable")
 
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "Dear database, " * 100
+
+
+@pytest.mark.system
+def test_as_a_process_no_thread_adds_a_traceback(tmp_path: Path) -> None:
+    for command in (("keys", "list"), ("audit", "write")):
+        outcome = run_process("--database-url", f"sqlite:///{tmp_path}/none/gateway.db", *command, input="")
+
+        outcome.assert_fails(5, "folder exists and is writable")
 
 
 def test_an_unknown_url_scheme_is_a_usage_error() -> None:
@@ -253,6 +259,7 @@ def test_what_becomes_of_events_that_the_database_does_not_take_is_told(
     assert said in written.err
 
 
+@pytest.mark.system
 def test_a_database_that_goes_away_while_following_ends_tail_with_5(
     migrated_postgres_database: Callable[[], str], postgres_url: str
 ) -> None:

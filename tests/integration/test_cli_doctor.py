@@ -84,6 +84,7 @@ def test_doctor_says_what_a_user_of_redis_may_not_do() -> None:
                 assert operator.keys("*") == []
 
 
+@pytest.mark.system
 def test_doctor_finds_a_redis_that_stores_nothing() -> None:
     with servers.RedisServer() as server, Redis.from_url(server.url) as operator:
         operator.execute_command("CONFIG", "SET", "maxmemory-policy", "noeviction")
@@ -99,6 +100,7 @@ def test_doctor_finds_a_redis_that_stores_nothing() -> None:
             assert "stores nothing: it is full, a replica" in found.json["problems"][0]
 
 
+@pytest.mark.system
 def test_doctor_repeats_no_password() -> None:
     """A server that does not know a command answers with its arguments, and redis-py says all of its client."""
     with servers.RedisServer(options=("--rename-command", "HELLO", "", "--rename-command", "AUTH", "")) as server:
