@@ -266,23 +266,6 @@ def _is_stream(request: Request) -> bool:
     return request.url.endswith("/events")
 
 
-def test_everything_works_without_a_script(site: tuple[str, str, Path]) -> None:
-    url, key, folder = site
-    with store_in(folder) as store, browser(local=True) as (context, _):
-        request = ask(store, "plain")
-        page = sign_in(context.browser.new_context(java_script_enabled=False), url, key)  # type: ignore[union-attr]
-        page.get_by_role("link", name="live.plain").click()
-        page.get_by_role("button", name="Deny").click()
-        expect(page.get_by_role("heading", name="Denied")).to_be_visible()
-        page.get_by_role("navigation", name="Main").get_by_role("link", name="Audit log").click()
-        page.get_by_label("caller id").fill("support-agent")
-        page.get_by_role("button", name="Search").click()
-        assert page.locator("tbody tr").count() > 3
-        page.get_by_role("button", name="Sign out").click()
-        expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
-        assert store.approvals.get(approval_id=request.approval_id).status == "DENIED"
-
-
 def test_no_payload_runs_or_leaves(site: tuple[str, str, Path]) -> None:
     """All of the corpus in one inbox, one approval and the audit log: no dialog, no request, no error."""
     url, key, folder = site
