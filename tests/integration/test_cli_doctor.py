@@ -192,6 +192,29 @@ def test_doctor_finds_a_trigger_that_refuses_events(migrated_postgres_database: 
     assert gateway_store("--database-url", url, "audit", "search", "--json").json["items"] == []
 
 
+def test_doctor_finds_a_table_without_statistics_and_policies_that_hide_rows(
+    migrated_postgres_database: Callable[[], str],
+) -> None:
+    """As after a restore, which `db restored` reads; a policy may be meant, so it is a warning."""
+    url = migrated_postgres_database()
+    filled = "INSERT INTO audit_events SELECT (jsonb_populate_record(NULL::audit_events, to_jsonb(event) || "
+    filled += "jsonb_build_object('id', n, 'request_id', n::text))).* FROM audit_events AS event, "
+    filled += "generate_series(100002, 103000) AS n"
+    gateway_store("--database-url", url, "audit", "write", input=event_line("r1"))
+    policy = "ALTER TABLE audit_leaves ENABLE ROW LEVEL SECURITY"
+    for statement in ("ALTER TABLE audit_events SET (autovacuum_enabled = off)", filled, policy):
+        servers.run(execute_on(url, statement))
+
+    bad = gateway_store("--database-url", url, "doctor", "--json")
+    assert gateway_store("--database-url", url, "db", "restored", "--by", "operator").code == 0
+    good = gateway_store("--database-url", url, "doctor", "--json")
+
+    assert (bad.code, bad.json["database"]["never_analysed"]) == (1, ["audit_events"])
+    assert any("ANALYZE" in problem for problem in bad.json["problems"])
+    assert any("Row-level security of audit_leaves" in warning for warning in bad.json["warnings"])
+    assert (good.code, good.json["problems"]) == (0, [])
+
+
 @pytest.mark.system
 def test_an_event_that_a_policy_refuses_costs_no_other_and_doctor_names_it(limited_url: str) -> None:
     """It is set aside, alone, in a batch and from the spool; without a grant, which may come, all events wait."""

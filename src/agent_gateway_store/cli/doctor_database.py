@@ -52,6 +52,22 @@ _LAG_S = 60.0
 _SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 # What the role or the server says: our own connections set it to on.
 _SYNCHRONOUS_COMMIT = "SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'"
+# A table below a megabyte is read within milliseconds, whatever the plan is.
+_NEVER_ANALYSED = """
+SELECT relname FROM pg_class
+WHERE oid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'), to_regclass('approval_requests'),
+        to_regclass('notification_deliveries')])
+    AND pg_relation_size(oid) > 1048576
+    AND has_table_privilege(oid, 'SELECT') -- pg_stats shows a role only what it may read
+    AND NOT EXISTS (
+        SELECT FROM pg_stats WHERE tablename = relname AND schemaname = relnamespace::regnamespace::name
+    )
+"""
+_WITH_POLICIES = """
+SELECT relname FROM pg_class
+WHERE relrowsecurity AND oid = ANY (ARRAY[to_regclass('audit_events'), to_regclass('audit_leaves'),
+        to_regclass('audit_tiles'), to_regclass('audit_checkpoints')])
+"""
 # Acknowledged rows of such tables are gone after a crash of the server, and its standbys do not have them.
 _NOT_LOGGED = """
 SELECT relname FROM pg_class
@@ -113,6 +129,10 @@ async def _scalar(connection: AsyncConnection, sql: str, **values: Any) -> Any:
     return (await connection.execute(text(sql), values)).scalar()
 
 
+async def _names(connection: AsyncConnection, sql: str, **values: Any) -> list[str]:
+    return sorted((await connection.execute(text(sql), values)).scalars())
+
+
 async def check_database(report: Report, url: str) -> None:
     """Connect to the database, read its schema and the settings that decide about durability."""
     facts: dict[str, Any] = {"url": mask_url(url), "kind": None, "reachable": False}
@@ -169,7 +189,7 @@ async def check_contents(report: Report, engine: AsyncEngine, settings: StoreSet
     checks: list[Callable[..., Awaitable[None]]]
     checks = [_check_clock, _check_ids, partial(_check_insert, org_id=org or "default")]
     if facts["kind"] == "postgresql":
-        checks += [_check_persistence, _check_transactions]
+        checks += [_check_statistics, _check_policies, _check_persistence, _check_transactions]
     for check in checks:
         async with report.noting_errors(), _examined(engine) as connection:
             await check(report, facts, connection)
@@ -234,9 +254,25 @@ async def _check_insert(report: Report, facts: dict[str, Any], connection: Async
         await connection.rollback()
 
 
+async def _check_statistics(report: Report, facts: dict[str, Any], connection: AsyncConnection) -> None:
+    found = facts["never_analysed"] = await _names(connection, _NEVER_ANALYSED)
+    if found:
+        report.problem(
+            f"PostgreSQL has no statistics of {', '.join(found)}, as after a restore, and plans badly: run "
+            "`ANALYZE` there, and see that autovacuum is on."
+        )
+
+
+async def _check_policies(report: Report, _facts: dict[str, Any], connection: AsyncConnection) -> None:
+    if found := await _names(connection, _WITH_POLICIES):
+        report.warning(
+            f"Row-level security of {', '.join(found)} shows a role what its policies let it see: run "
+            "`evidence verify` as a role to which none applies."
+        )
+
+
 async def _check_persistence(report: Report, facts: dict[str, Any], connection: AsyncConnection) -> None:
-    found = await connection.execute(text(_NOT_LOGGED), {"names": [*metadata.tables]})
-    facts["unlogged_tables"] = sorted(found.scalars())
+    facts["unlogged_tables"] = await _names(connection, _NOT_LOGGED, names=[*metadata.tables])
     for name in facts["unlogged_tables"]:
         report.problem(
             f"The table {name} is UNLOGGED: a crash of the server empties it, and standbys do not have it. Run `ALTER "
@@ -311,7 +347,11 @@ async def _check_log(report: Report, connection: AsyncConnection) -> None:
 
 
 async def _check_retention(report: Report, connection: AsyncConnection, file: Path | None) -> None:
-    """Say how the log grows, what is held, and how the last prune ended; warn before the disk of `file` is full."""
+    """Say how the log grows, what is held, and how the last prune ended; warn before the disk is full.
+
+    Args:
+        file: Of a SQLite database, whose disk can be seen from here.
+    """
     is_postgres = connection.dialect.name == "postgresql"
     since = utc_now() - timedelta(days=_GROWTH_DAYS)
     totals = select(func.min(table.c.timestamp), func.count(), func.count().filter(table.c.timestamp >= since))
