@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import bcrypt
 from cachetools import LRUCache
@@ -27,7 +27,6 @@ MAX_VERIFIED, MAX_REFUSED = 32_768, 8_192
 # At cost 10 a check takes 50 ms: with one thread the last of 64 waits three seconds.
 _MAX_WAITING = 64
 # Chosen: a person who mistypes a key may do so eight times; a loop that sends a wrong one costs a check a second.
-_MAX_CONCURRENT_CHECKS = 4
 _MAX_FAILURES = 8.0
 _FAILURES_REFILLED_PER_S = 1.0
 
@@ -41,7 +40,6 @@ class Hasher:
         self._max_threads = max(1, (os.cpu_count() or 2) - 1)
         self._pool: ThreadPoolExecutor | None = None
         self._room = threading.Semaphore(_MAX_WAITING)
-        self._waiters: set[asyncio.Future[Any]] = set()
 
     async def hash(self, secret: bytes) -> str:
         """Return the bcrypt of `secret` (at most 72 bytes)."""
@@ -59,37 +57,29 @@ class Hasher:
         if not self._room.acquire(blocking=False):
             raise StoreUnavailableError("Too many keys wait to be checked: try again in a second.")
         try:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._max_threads, thread_name_prefix="gateway-store-bcrypt")
-            future = self._pool.submit(work)
+            pool = self._pool = self._pool or ThreadPoolExecutor(
+                self._max_threads, thread_name_prefix="gateway-store-bcrypt"
+            )
+            future = pool.submit(self._work_of, pool, work)
         except BaseException:
             self._room.release()
             raise
         # The place is held until the thread has ended, also if the caller is cancelled before.
         future.add_done_callback(lambda _: self._room.release())
-        task = asyncio.current_task()
-        before = task.cancelling() if task is not None else 0
-        waiter = asyncio.wrap_future(future)
-        self._waiters.add(waiter)
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            # `close` cancels the future, which looks like a cancellation of the caller, but nobody cancelled its task.
-            if waiter.cancelled() and task is not None and task.cancelling() == before:
-                raise StoreNotOpenError("The store was closed while a key was being checked.") from None
-            raise
-        finally:
-            self._waiters.discard(waiter)
+        return await asyncio.wrap_future(future)
+
+    def _work_of(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        if self._pool is pool:
+            result = work()
+            if self._pool is pool:
+                return result
+        raise StoreNotOpenError("The store was closed while a key was being checked.")
 
     async def close(self) -> None:
-        """End the threads, and at once whatever waits for them: what a thread is at is dropped when it is done."""
+        """End the threads without waiting for them; what they have not done fails with StoreNotOpenError."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=False)
             self._pool = None
-        for waiter in (waiters := tuple(self._waiters)):
-            waiter.cancel()
-        if waiters:
-            await asyncio.wait(waiters)
 
 
 def _is_hash_of(secret: bytes, hashed: str) -> bool:
@@ -112,8 +102,8 @@ class KeyVerifier:
     """Compares keys with hashes.
 
     The result of bcrypt for a key and a hash stays true, so it is remembered without an end, by the key's fingerprint
-    (see `KeyCache.fingerprint`) and the hash. Each key id may fail eight times in a row, then once a second, and have
-    four checks under way. Beyond that a key that was not checked before gets StoreUnavailableError and not a refusal,
+    (see `KeyCache.fingerprint`) and the hash. Each key id may fail eight times in a row, then once a second;
+    checks under way count. Beyond that a key that was not checked before gets StoreUnavailableError and not a refusal,
     since it may be the new key of a caller whose key id is attacked. A check goes on when its callers are gone: a wrong
     key counts whoever hangs up, and a right one is remembered where keys are cached.
     """
@@ -153,11 +143,10 @@ class KeyVerifier:
 
     async def _check(self, key_id: str, fingerprint: bytes, secret: bytes, untried: Sequence[str]) -> str | None:
         limit = self._limits.setdefault(key_id, _Limit())
-        if limit.left < 1 or limit.running >= _MAX_CONCURRENT_CHECKS:
+        if limit.left < 1:
             raise _too_many()
         # Counted as a failure in advance, so that checks under way count, and taken back where it is none.
         limit.change(-1)
-        limit.running += 1
         try:
             for hashed in untried:
                 if await self._hasher.check(secret, hashed):
@@ -168,8 +157,6 @@ class KeyVerifier:
         except (StoreUnavailableError, StoreNotOpenError):
             limit.change(+1)
             raise
-        finally:
-            limit.running -= 1
         if self._remembers:
             # A row has two hashes at most, so no more than the last two are of use.
             self._refused[fingerprint] = (*self._refused.get(fingerprint, ()), *untried)[-2:]
@@ -179,10 +166,9 @@ class KeyVerifier:
 class _Limit:
     """The failures that one key id has left: a token bucket, which time refills."""
 
-    __slots__ = ("_at", "_left", "running")
+    __slots__ = ("_at", "_left")
 
     def __init__(self) -> None:
-        self.running = 0
         self._left = _MAX_FAILURES
         self._at = clock.monotonic()
 
