@@ -12,7 +12,7 @@ from pydantic_settings import SettingsConfigDict
 from agent_gateway_store._text import escape
 from agent_gateway_store.errors import NotDeliveredError
 from agent_gateway_store.models.values import ApproverId
-from agent_gateway_store.plugins._http import ParsedUrl, parse_proxy, parse_url
+from agent_gateway_store.plugins._http import ParsedUrl, parse_proxy, parse_url, retry_after_s
 from agent_gateway_store.settings import EnvironmentSettings
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class SlackApi:
             max_body=MAX_ANSWER,
         )
         if answer.status == 429:
-            wait_s = _seconds(answer.headers.get("retry-after", ""))
+            wait_s = retry_after_s(answer.headers.get("retry-after"))
             # Slack limits a method for the whole workspace (https://docs.slack.dev/apis/web-api/rate-limits).
             self._transport.pause(wait_s)
             raise NotDeliveredError("Slack limits the rate (429).", retry_after_s=wait_s)
@@ -148,10 +148,6 @@ def mrkdwn(text: str) -> str:
     """Return `text` so that Slack shows it unchanged: no mention, no link (`&`, `<`, `>` escaped, on one line)."""
     # Only these three: https://docs.slack.dev/messaging/formatting-message-text, "Escaping text".
     return escape(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _seconds(header: str) -> float | None:
-    return float(header) if header.isascii() and header.isdecimal() and len(header) < 6 else None
 
 
 def _text(value: Any) -> str:

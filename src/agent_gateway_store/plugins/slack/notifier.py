@@ -65,25 +65,19 @@ class SlackNotifier:
         self._channel = settings.channel
         self._messages = messages
         self._posted: FIFOCache[UUID, str] = FIFOCache(REMEMBERED)
-        self._decided: FIFOCache[UUID, Notice] = FIFOCache(REMEMBERED)
         self._unsure: FIFOCache[UUID, bool] = FIFOCache(REMEMBERED)
         self._may_search = True
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Post the question, unless it is known to be posted or decided.
+        """Post the question, unless it is known to be posted.
 
         Raises:
             NotDeliveredError: Slack was not reached, or refused it.
         """
-        approval_id = notice.approval_id
-        if approval_id not in self._posted and approval_id not in self._decided:
-            if self._may_be_there(notice) and await self._find(notice):
-                return
+        is_old = notice.created_at is not None and datetime.now(UTC) - notice.created_at > OLD
+        may_be_there = is_old or notice.approval_id in self._unsure
+        if notice.approval_id not in self._posted and not (may_be_there and await self._find(notice)):
             await self._post(notice, self._messages.pending_message(notice))
-        # It may have been decided while the question was being posted, by this attempt or by an earlier one.
-        decision = self._decided.get(approval_id)
-        if decision is not None and approval_id in self._posted:
-            await self.notify_decision(decision)
 
     async def notify_decision(self, notice: Notice) -> None:
         """Replace the question by the decision; post the decision where the question is not found.
@@ -91,20 +85,11 @@ class SlackNotifier:
         Raises:
             NotDeliveredError: Slack was not reached, or refused it.
         """
-        known = self._decided.get(notice.approval_id)
-        if known is not None and known.decided_at and notice.decided_at and known.decided_at > notice.decided_at:
-            # An earlier decision that arrives late: approved, then cancelled.
-            notice = known
-        self._decided[notice.approval_id] = notice
         message = self._messages.decided_message(notice)
         timestamp = self._posted.get(notice.approval_id) or await self._find(notice)
         if timestamp is not None and await self._update(timestamp, message):
             return
         await self._post(notice, message)
-
-    def _may_be_there(self, notice: Notice) -> bool:
-        is_old = notice.created_at is not None and datetime.now(UTC) - notice.created_at > OLD
-        return is_old or notice.approval_id in self._unsure
 
     async def _post(self, notice: Notice, message: dict[str, Any]) -> None:
         # Without an answer it is not known whether Slack posted it; then the next attempt looks it up first.
