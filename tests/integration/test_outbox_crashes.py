@@ -52,7 +52,7 @@ def lines(*paths: Path) -> list[list[str]]:
     return [line.split() for path in paths if path.exists() for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("rounds", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
 async def test_kill_9_loses_no_notice(url: str, tmp_path: Path, rounds: int) -> None:
     """Killed after a commit, while sending or just after: what was committed arrives, under one delivery id."""
     told = tmp_path / "told"
@@ -79,7 +79,7 @@ async def test_kill_9_loses_no_notice(url: str, tmp_path: Path, rounds: int) -> 
     assert {str(row.delivery_id) for row in rows} == {each for found in ids.values() for each in found}
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_two_workers_share_one_outbox(url: str, tmp_path: Path, count: int) -> None:
     async with GatewayStore(url, redis_url="", plugins=[File(tmp_path / "none")], settings=quiet()) as store:
         waiting = iter(range(count))
@@ -117,7 +117,7 @@ async def test_a_worker_outlives_its_database(tmp_path: Path) -> None:
     with PostgresServer(durable=True) as server:
         url = server.url
         async with GatewayStore(url, redis_url="", plugins=[File(told)], settings=quiet(), auto_migrate=True) as store:
-            asked = [make_request() for _ in range(300)]
+            asked = [make_request() for _ in range(100)]
             for request in asked:
                 await store.approvals.issue_token(request)
         settings = StoreSettings(notification_poll_seconds=0.1, notification_concurrency=1)

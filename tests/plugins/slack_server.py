@@ -35,7 +35,6 @@ class Slack(Server):
         answers: Used for a call before the ordinary answer; None is the ordinary one.
         scopes: What the bot may do.
         lose_answers: How many posts are taken and then not answered.
-        hold: If given, the next post is not looked at before it is set.
     """
 
     answers: list[Any] = field(default_factory=list)
@@ -44,7 +43,6 @@ class Slack(Server):
     said: list[dict[str, Any]] = field(default_factory=list)
     scopes: set[str] = field(default_factory=lambda: {"chat:write", "channels:history"})
     lose_answers: int = 0
-    hold: asyncio.Event | None = None
 
     @property
     def api_url(self) -> str:
@@ -55,9 +53,6 @@ class Slack(Server):
         return f"http://127.0.0.1:{self.port}/actions/planted-response-url"
 
     async def respond(self, request: Request, writer: asyncio.StreamWriter) -> bool:
-        if self.hold is not None and "chat.postMessage" in request.line:
-            hold, self.hold = self.hold, None
-            await hold.wait()
         answer = self._answer(request)
         if callable(answer):
             await answer(writer)

@@ -31,6 +31,7 @@ async def test_tells_of_question_and_answer() -> None:
     assert asked["title"] == "Approval needed: delete_file"
     told = ("dev-agent", "files / delete_file", "It deletes a file.", "2031-01-01 12:00 UTC", str(notice.approval_id))
     assert [text for text in told if text not in asked["message"]] == []
+    assert "old.txt" not in str(asked)  # who reads along is not known
     assert answered["title"] == "Approval denied: delete_file"
     assert "By: ann" in answered["message"]
 
@@ -68,14 +69,6 @@ async def test_a_call_that_was_not_stored_whole_says_so() -> None:
     *_, warning, rest = server.requests[0].json["message"].splitlines()
     assert warning == CUT_CALL
     assert rest == f"What is stored: gateway-store approvals show {notice.approval_id}"
-
-
-async def test_arguments_are_not_sent() -> None:
-    """Who reads along is not known."""
-    async with serving(OK) as server:
-        await apprise_notifier(server.port).notify_pending(make_notice())
-
-    assert "old.txt" not in server.requests[0].body.decode()
 
 
 async def test_one_failure_is_not_delivered() -> None:

@@ -69,8 +69,10 @@ def plugins(command: str, *args: str, **variables: str) -> Outcome:
 
 
 def test_a_configured_plugin_gets_a_test_notice(install: Install, tmp_path: Path) -> None:
-    """Two notices of a made-up approval, which say that they are a test; exit code 0."""
+    """Two notices of a made-up approval, which say that they are a test; none with `--no-send`."""
     install("checked", PLUGIN)
+    assert plugins("check", "--no-send", token="good-token").code == 0
+    assert not (tmp_path / "notices.txt").exists()
 
     outcome = plugins("check", "--json", token="good-token")
 
@@ -80,16 +82,6 @@ def test_a_configured_plugin_gets_a_test_notice(install: Install, tmp_path: Path
     pending, decision = (tmp_path / "notices.txt").read_text().splitlines()
     assert pending.startswith("pending PENDING This is a test by `gateway-store plugins check`.")
     assert decision.startswith("decision CANCELLED ")
-
-
-def test_settings_can_be_checked_without_sending(install: Install, tmp_path: Path) -> None:
-    """`--no-send` sends nothing."""
-    install("checked", PLUGIN)
-
-    outcome = plugins("check", "--no-send", token="good-token")
-
-    assert outcome.code == 0
-    assert not (tmp_path / "notices.txt").exists()
 
 
 def test_missing_settings_name_the_variable(install: Install) -> None:

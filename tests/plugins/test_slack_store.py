@@ -69,19 +69,6 @@ async def test_from_question_to_decision(action: str, ending: str) -> None:
     assert "gateway_store_approve" not in str(slack.messages)
 
 
-async def test_second_click_learns_who_won() -> None:
-    """Of another user, or of the same one on the other button."""
-    async with slack_running() as slack, store_with_slack("sqlite:///gateway.db", slack) as (store, hook):
-        _, approval_id = await ask(store)
-        await store.approvals.deny(approval_id=approval_id, approver_id="bob")
-        body = click(slack, approval_id, user="U1")
-        reply = await hook.handle(body, signed(body))
-
-    assert reply.status == 200
-    assert "already" in slack.said[0]["text"]
-    assert "bob" in slack.said[0]["text"]
-
-
 async def replay(url: str, count: int) -> None:
     """Send one signed click `count` times to two callbacks, as two processes behind one address would get it."""
     async with (

@@ -58,13 +58,12 @@ def test_odd_signatures_beside_a_good_one() -> None:
     assert WebhookReceiver([SECRET]).verify(body, headers) is not None
 
 
-@pytest.mark.parametrize("minutes", [-6, 6])
-def test_old_and_early_ones_are_refused(minutes: int) -> None:
+def test_old_and_early_ones_are_refused() -> None:
     """A captured webhook is worth nothing after five minutes."""
     body = body_of(make_notice())
-    headers = signed(body, SECRET, at=datetime.now(UTC) + timedelta(minutes=minutes))
-
-    assert WebhookReceiver([SECRET]).verify(body, headers) is None
+    for minutes in (-6, 6):
+        headers = signed(body, SECRET, at=datetime.now(UTC) + timedelta(minutes=minutes))
+        assert WebhookReceiver([SECRET]).verify(body, headers) is None
 
 
 def test_repetitions_are_told_until_forgotten() -> None:
@@ -96,17 +95,15 @@ def test_an_unsigned_id_is_not_remembered() -> None:
     """Nobody without the secret can make a true delivery look repeated."""
     receiver, body = WebhookReceiver([SECRET]), body_of(make_notice())
     assert receiver.verify(body, signed(body, OLD_SECRET)) is None
-
     received = receiver.verify(body, signed(body, SECRET))
 
-    assert received is not None
-    assert not received.is_repeat
+    assert (received and received.is_repeat) is False
 
 
-@pytest.mark.parametrize("content", [b"[]", b"1", b'"x"', b"{}", b'{"type":1,"timestamp":"","data":{}}', b"{", b""])
-def test_signed_nonsense_is_not_received(content: bytes) -> None:
+def test_signed_nonsense_is_not_received() -> None:
     """It has another form than a webhook of this package."""
-    assert WebhookReceiver([SECRET]).verify(content, signed(content, SECRET)) is None
+    for content in (b"[]", b"1", b'"x"', b"{}", b'{"type":1,"timestamp":"","data":{}}', b"{", b""):
+        assert WebhookReceiver([SECRET]).verify(content, signed(content, SECRET)) is None
 
 
 def test_fuzzed_headers_and_bodies_raise_nothing() -> None:
@@ -132,10 +129,9 @@ def test_fuzzed_headers_and_bodies_raise_nothing() -> None:
     assert receiver.verify(body, None) is None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("secrets", [[], ["planted"], ["whsec_c2hvcnQ="], ["whsec_" + "A" * 400]])
-def test_secrets_of_the_wrong_form(secrets: list[str]) -> None:
+def test_secrets_of_the_wrong_form() -> None:
     """Said at once, not repeated."""
-    with pytest.raises(ValueError) as caught:
-        WebhookReceiver(secrets)
-
-    assert "planted" not in str(caught.value)
+    for secrets in ([], ["planted"], ["whsec_c2hvcnQ="], ["whsec_" + "A" * 400]):
+        with pytest.raises(ValueError) as caught:
+            WebhookReceiver(secrets)
+        assert "planted" not in str(caught.value)

@@ -48,19 +48,6 @@ async def test_comes_again_when_the_receiver_says_so() -> None:
     assert [each.is_repeat for each in received if each] == [False, True]
 
 
-async def test_gone_is_a_dead_letter_at_once() -> None:
-    """410: given up after one try, and the next notice without a connection."""
-    async with serving(status("410 Gone"), OK) as server, store_with(server) as store:
-        await store.approvals.issue_token(make_request())
-        await settled(store, 1)
-        await store.approvals.issue_token(make_request())
-        rows = await settled(store, 2)
-
-    assert [(row.status, row.attempts) for row in rows] == [("DEAD", 1), ("DEAD", 1)]
-    assert len(server.requests) == 1
-    assert all("in-the-url" not in (row.last_error or "") for row in rows)
-
-
 async def test_request_and_decision() -> None:
     """Both arrive, as what they are."""
     async with serving(OK) as server, store_with(server) as store:

@@ -86,42 +86,27 @@ async def test_trusted_certificate_of_the_name(serve: Serve, ca_file: Path) -> N
     assert server.requests[0].headers["host"] == f"{NAME}:{server.port}"
 
 
-async def test_unknown_issuer(serve: Serve) -> None:
-    """A certificate nobody vouches for is refused, and nothing is sent."""
-    async with serve() as (server, _):
-        with pytest.raises(NotDeliveredError, match=rf"{NAME} is not to be trusted \(self.signed .*CA_FILE"):
-            await notifier_for(server).notify_pending(make_notice())
+@pytest.mark.parametrize(
+    ("name", "days", "trusts", "why"),
+    [
+        (NAME, 0, None, rf"{NAME} is not to be trusted \(self.signed .*CA_FILE"),
+        (NAME, 0, "other.pem", "is not to be trusted"),
+        (NAME, 7, "certificate.pem", "certificate has expired"),
+        *((name, 0, "certificate.pem", "is not to be trusted") for name in ("other.example", "example", "127.0.0.1")),
+    ],
+)
+async def test_a_certificate_that_is_not_trusted(
+    serve: Serve, tmp_path: Path, name: str, days: int, trusts: str | None, why: str
+) -> None:
+    """Nobody vouches for it, another CA_FILE is set, it is of last week or of another name: nothing is sent."""
+    other = certificate(NAME, ec.generate_private_key(ec.SECP256R1()), timedelta(0))
+    (tmp_path / "other.pem").write_bytes(other)
+    async with serve(name, age=timedelta(days=days)) as (server, _):
+        notifier = notifier_for(server, ca_file=trusts and str(tmp_path / trusts))
+        with pytest.raises(NotDeliveredError, match=why):
+            await notifier.notify_pending(make_notice())
 
     assert server.requests == []
-
-
-@pytest.mark.parametrize("name", ["other.example", "example", "127.0.0.1"])
-async def test_certificate_of_another_name(serve: Serve, ca_file: Path, name: str) -> None:
-    """Not even that of the address the connection goes to."""
-    async with serve(name) as (server, _):
-        with pytest.raises(NotDeliveredError):
-            await notifier_for(server, ca_file=str(ca_file)).notify_pending(make_notice())
-
-    assert server.requests == []
-
-
-async def test_certificate_that_has_run_out(serve: Serve, ca_file: Path) -> None:
-    """Nor one of last week."""
-    async with serve(age=timedelta(days=7)) as (server, _):
-        with pytest.raises(NotDeliveredError, match="certificate has expired"):
-            await notifier_for(server, ca_file=str(ca_file)).notify_pending(make_notice())
-
-    assert server.requests == []
-
-
-async def test_ca_file_replaces_the_well_known_ones(serve: Serve, ca_file: Path, tmp_path: Path) -> None:
-    """What is not in it is not trusted."""
-    async with serve() as (server, _):
-        (other := tmp_path / "other.pem").write_bytes(
-            certificate(NAME, ec.generate_private_key(ec.SECP256R1()), timedelta(0))
-        )
-        with pytest.raises(NotDeliveredError):
-            await notifier_for(server, ca_file=str(other)).notify_pending(make_notice())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no certificate"])

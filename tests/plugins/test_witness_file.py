@@ -25,35 +25,27 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_checkpoint_is_appended_and_read_back(file: Path) -> None:
+    """From a file for its owner alone."""
     kept = [LOG.checkpoint(3), LOG.checkpoint(7), UNSIGNED.checkpoint(8), UNSIGNED.checkpoint(9), LOG.checkpoint(9)]
-    for checkpoint in kept:
-        gateway_store_checkpoint(checkpoint)
+    umask = os.umask(0)
+    try:
+        for checkpoint in kept:
+            gateway_store_checkpoint(checkpoint)
+    finally:
+        os.umask(umask)
 
     notes = split_notes(file.read_text())
     assert notes == [checkpoint.note for checkpoint in kept]
     assert [parse_note(note).signed_by([KEY.verifier]) for note in notes] == [True, True, None, None, True]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_one_note_alone_is_read_as_it_is() -> None:
-    """As a monitor saves it from the published folder, with the lines of other witnesses below."""
+    """As a monitor saves it, with the lines of other witnesses below; an empty file has none."""
     note = LOG.checkpoint().note + "— witness.example CMp+6LWBU0anHGH5aNDTJkH=\n"
 
     assert split_notes(note) == [note]
-
-
-@pytest.mark.parametrize("text", ["", "\n", "\n\n\n"])
-def test_an_empty_file_holds_no_note(text: str) -> None:
-    assert split_notes(text) == []
-
-
-def test_the_file_is_for_its_owner_alone(file: Path) -> None:
-    umask = os.umask(0)
-    try:
-        gateway_store_checkpoint(LOG.checkpoint())
-    finally:
-        os.umask(umask)
-
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [split_notes("\n" * lines) for lines in (0, 1, 3)] == [[], [], []]
 
 
 def test_unset_it_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,15 +66,3 @@ def test_a_folder_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("WITNESS_FILE_PATH", str(tmp_path / "missing" / "witness.txt"))
     with pytest.raises(FileNotFoundError):
         gateway_store_checkpoint(LOG.checkpoint())
-
-
-def test_a_full_disk_leaves_no_half_of_a_note(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind one the next note could not be read."""
-    gateway_store_checkpoint(LOG.checkpoint(3))
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda to, data: write(to, data[:10]))
-    with pytest.raises(OSError, match="disk is full"):
-        gateway_store_checkpoint(LOG.checkpoint(5))
-    monkeypatch.undo()
-
-    assert split_notes(file.read_text()) == [LOG.checkpoint(3).note]

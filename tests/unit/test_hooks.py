@@ -16,9 +16,7 @@ from agent_gateway_store.hooks import PROJECT, hookimpl, hookspec, specs
 pytestmark = pytest.mark.unit
 
 SOURCE = Path(agent_gateway_store.__file__).parents[1]
-HOOKS = [
-    function for _, function in inspect.getmembers(specs, inspect.isfunction) if hasattr(function, f"{PROJECT}_spec")
-]
+HOOKS = {name: hook for name, hook in inspect.getmembers(specs, inspect.isfunction) if hasattr(hook, f"{PROJECT}_spec")}
 
 
 HEAVY = {"sqlmodel", "sqlalchemy"}
@@ -60,19 +58,17 @@ def test_the_root_hands_out_the_marker_of_the_hooks() -> None:
     assert hookimpl.project_name == hookspec.project_name == "agent_gateway_store"
 
 
-@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
-def test_every_hook_is_prefixed_typed_and_documented(hook: object) -> None:
+def test_every_hook_is_prefixed_typed_and_documented() -> None:
     """A hookspec is a contract: name, types, and a document that says what each argument is."""
-    signature = inspect.signature(hook)  # type: ignore[arg-type]
-    document = inspect.getdoc(hook) or ""
-
-    assert hook.__name__.startswith("gateway_store_")  # type: ignore[attr-defined]
-    assert ("Args:" in document) is bool(signature.parameters)
-    assert "Returns:" in document
-    assert signature.return_annotation is not inspect.Signature.empty
-    for parameter in signature.parameters.values():
-        assert parameter.annotation is not inspect.Parameter.empty
-        assert f"    {parameter.name}: " in document
+    for name, hook in HOOKS.items():
+        signature, document = inspect.signature(hook), inspect.getdoc(hook) or ""
+        assert name.startswith("gateway_store_")
+        assert ("Args:" in document) is bool(signature.parameters)
+        assert "Returns:" in document
+        assert signature.return_annotation is not inspect.Signature.empty
+        for parameter in signature.parameters.values():
+            assert parameter.annotation is not inspect.Parameter.empty
+            assert f"    {parameter.name}: " in document
 
 
 def test_notifier_shape_can_be_checked_at_run_time() -> None:
@@ -92,9 +88,9 @@ def test_notifier_shape_can_be_checked_at_run_time() -> None:
 class TestText:
     """What plugins say is made fit for a log."""
 
-    @pytest.mark.parametrize(
-        "secret",
-        [
+    def test_describe_masks_secrets(self) -> None:
+        """No key, token, password or webhook path gets from an exception into a log."""
+        for secret in (
             "agw_0123456789ab_" + "Ab1" * 16 + "x",
             "agw_0123456789ab_0123456789abcdefg",
             "aB3defghijklmnopqrstuvwxyz0123456789-_ABCDE",
@@ -103,17 +99,10 @@ class TestText:
             "password=hunter2",
             "'token': 'hunter2'",
             "Authorization: Bearer hunter2hunter2",
-        ],
-    )
-    def test_describe_masks_secrets(self, secret: str) -> None:
-        """No key, token, password or webhook path gets from an exception into a log."""
-        text = describe(ValueError(f"it failed for {secret} today"))
-
-        assert secret not in text
-        assert "hunter2" not in text
-        assert "XXXX" not in text
-        assert text.startswith("ValueError: it failed for ")
-        assert text.endswith(" today")
+        ):
+            text = describe(ValueError(f"it failed for {secret} today"))
+            assert not [each for each in (secret, "hunter2", "XXXX") if each in text]
+            assert (text[:26], text[-6:]) == ("ValueError: it failed for ", " today")
 
     def test_describe_is_one_short_line(self) -> None:
         """Whatever an exception says, it is one line of at most 500 characters."""
@@ -133,12 +122,10 @@ class TestText:
         assert describe(BrokenError()) == "BrokenError: (its text cannot be read)"
         assert describe(KeyError()) == "KeyError"
 
-    @pytest.mark.parametrize(
-        "name", ["agw_prod-customers_all", "/backups/agw_tmp", "agw_prod_customers_of_2026", "agw_"]
-    )
-    def test_mask_tokens_spares_names_that_begin_like_a_key(self, name: str) -> None:
+    def test_mask_tokens_spares_names_that_begin_like_a_key(self) -> None:
         """An approver reads which table is dropped."""
-        assert mask_tokens(name) == name
+        for name in ("agw_prod-customers_all", "/backups/agw_tmp", "agw_prod_customers_of_2026", "agw_"):
+            assert mask_tokens(name) == name
 
     def test_mask_tokens_spares_long_names(self) -> None:
         """A tool name of 43 characters, a SHA-256 and a UUID are no tokens."""
