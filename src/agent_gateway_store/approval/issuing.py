@@ -31,7 +31,6 @@ from agent_gateway_store.errors import (
     ApprovalError,
     ApprovalMismatchError,
     GatewayStoreError,
-    StoreUnavailableError,
     TooManyPendingError,
 )
 from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
@@ -41,7 +40,6 @@ from agent_gateway_store.storage.database import AnyConnection, dialect_of
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.sequences import require_next_id_on
 
-_MAY_WAIT = "Approval %s may wait for nobody until it expires: %s"
 _logger = logging.getLogger("agent_gateway_store.approvals")
 _TRIES = 3  # the approval in the way may be swept or decided while it is asked for again
 
@@ -185,17 +183,12 @@ class Asking:
         """Cancel what was asked, unless somebody has asked for it again or voted since."""
         try:
             issued = await asking
-        except StoreUnavailableError as exc:
-            _logger.warning(_MAY_WAIT, values["p_approval_id"], exc)
-            return
-        except Exception:
-            # What was refused was not asked.
-            return
-        try:
             if issued.is_new and (change := await self._cancel(values, issued)) is not None:
                 await self._changes.publish(change)
+        except ApprovalError:
+            pass  # what was refused was not asked
         except GatewayStoreError as exc:
-            _logger.warning(_MAY_WAIT, values["p_approval_id"], exc)
+            _logger.warning("Approval %s may wait for nobody until it expires: %s", values["p_approval_id"], exc)
 
     @retry_conflicts
     async def _cancel(self, values: dict[str, Any], issued: Issued) -> Change | None:

@@ -20,19 +20,12 @@ class ApprovalNotifier:
     Nothing here raises because of a plugin; the reports say what went wrong.
 
     Args:
-        dispatcher: Shared with a store, and closed by it; None: made here from the installed plugins.
-        plugins: Further plugins or notifiers, where there is no dispatcher.
+        plugins: Plugins or notifiers, beside those that are installed.
         settings: Default: from the environment.
     """
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher | None = None,
-        *,
-        plugins: Iterable[object] = (),
-        settings: StoreSettings | None = None,
-    ) -> None:
-        self._dispatcher = dispatcher or Dispatcher(Plugins(plugins), settings or StoreSettings())
+    def __init__(self, *, plugins: Iterable[object] = (), settings: StoreSettings | None = None) -> None:
+        self._dispatcher = Dispatcher(Plugins(plugins), settings or StoreSettings())
 
     async def notify_pending(self, request: ApprovalRequest) -> list[DeliveryReport]:
         """Send the notice that `request` waits for a decision. Returns one report per notifier."""

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 LOAD_VARIABLE = "AGENT_GATEWAY_STORE_LOAD_PLUGINS"
 BLOCK_VARIABLE = "AGENT_GATEWAY_STORE_BLOCK_PLUGINS"
 
-_UNKNOWN = "unknown"
 DISTRIBUTION = "agent-gateway-store"
 
 logger = logging.getLogger("agent_gateway_store.hooks")
@@ -192,26 +191,14 @@ def _installed() -> list[tuple[metadata.EntryPoint, tuple[str, str]]]:
         # One by one, as `metadata.entry_points` raises if the metadata of any package is damaged.
         try:
             entry_points = distribution.entry_points.select(group=PROJECT)
+            origin = (escape(distribution.name), escape(distribution.version)) if entry_points else ("", "")
         except Exception as exc:
-            logger.debug("The entry points of %s cannot be read: %s", _identity(distribution)[0], describe(exc))
+            logger.debug("A distribution cannot be read: %s", describe(exc))
             continue
-        if not entry_points:
-            continue
-        origin = _identity(distribution)
-        package = origin[0].lower()
-        if package == _UNKNOWN or package not in seen:
-            seen.add(package)
+        if entry_points and origin[0].lower() not in seen:
+            seen.add(origin[0].lower())
             found.extend((entry_point, origin) for entry_point in entry_points)
     return sorted(found, key=lambda pair: (pair[1][0] != DISTRIBUTION, pair[0].name, pair[1]))
-
-
-def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
-    """Return name and version of a distribution, `unknown` where its metadata does not say."""
-    try:
-        fields = distribution.metadata
-        return escape(fields["Name"] or _UNKNOWN), escape(fields["Version"] or _UNKNOWN)
-    except Exception:
-        return _UNKNOWN, _UNKNOWN
 
 
 def _names_in(variable: str) -> frozenset[str]:

@@ -213,7 +213,7 @@ class KeyManager:
             cache.put_refused(version, fingerprint, self._org_id)
             return REFUSED
         ends = [row["expires_at"], None if matched == row["key_hash"] else row["previous_key_expires_at"]]
-        good = VerifiedKey(_identity(row), use_due=0 if row["is_use_due"] else version.at + _until_use_due(row))
+        good = VerifiedKey(_identity(row), use_due=version.at + _until_use_due(row))
         end = min((end for end in ends if end is not None), default=None)
         cache.put_verified(version, fingerprint, self._org_id, good, read_at=row["read_at"], end=end)
         return good
@@ -413,7 +413,6 @@ def _timely() -> tuple[ColumnElement[Any], ...]:
     return (
         and_(_keys.c.expires_at.is_not(None), _keys.c.expires_at <= db_now()).label("is_expired"),
         and_(_keys.c.previous_key_hash.is_not(None), _keys.c.previous_key_expires_at > db_now()).label("has_previous"),
-        _is_use_due().label("is_use_due"),
         db_now().label("read_at"),
     )
 
@@ -423,8 +422,7 @@ _READ = Statement(select(_keys, *_timely()).where(_keys.c.key_id == bindparam("p
 
 def _until_use_due(row: Mapping[str, Any]) -> float:
     used: datetime | None = row["last_used_at"]
-    since = timedelta() if used is None else row["read_at"] - used
-    return max(0.0, (_LAST_USED_EVERY - since).total_seconds())
+    return 0.0 if used is None else (_LAST_USED_EVERY - (row["read_at"] - used)).total_seconds()
 
 
 def _identity(row: Mapping[str, Any]) -> CallerIdentity:

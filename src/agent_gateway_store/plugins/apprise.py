@@ -71,11 +71,7 @@ class AppriseNotifier:
                     raise ValueError(f"Apprise supports no service for URL number {number} in {PREFIX}URLS.")
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Send who wants which call, why a human is asked, and until when it can be decided.
-
-        Raises:
-            NotDeliveredError: At least one service failed.
-        """
+        """Send who wants which call, why a human is asked, and until when; NotDeliveredError if a service failed."""
         await self._send(
             f"Approval needed: {_shown(notice.tool_call.tool)}",
             f"Caller: {_shown(notice.caller_id)}",
@@ -86,11 +82,7 @@ class AppriseNotifier:
         )
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Send the decision, and by whom.
-
-        Raises:
-            NotDeliveredError: At least one service failed.
-        """
+        """Send the decision, and by whom; NotDeliveredError if a service failed."""
         await self._send(
             f"Approval {notice.status.value.lower()}: {_shown(notice.tool_call.tool)}",
             f"Caller: {_shown(notice.caller_id)}",

@@ -6,8 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,17 +117,16 @@ def append(path: Path, data: bytes, repair: Callable[[int], None] | None = None)
     flags = (os.O_RDWR if repair else os.O_WRONLY) | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
     file = os.open(path, flags, 0o600)
     try:
-        _lock(file)
-        if repair is not None:
-            repair(file)
-        size = os.fstat(file).st_size
-        if os.write(file, data) < len(data):
-            # A full disk takes a part, behind which the next one could not be read.
-            os.ftruncate(file, size)
-            raise OSError("The disk is full: nothing was written.")
-        os.fsync(file)
+        with _locked(file):
+            if repair is not None:
+                repair(file)
+            size = os.fstat(file).st_size
+            if os.write(file, data) < len(data):
+                # A full disk takes a part, behind which the next one could not be read.
+                os.ftruncate(file, size)
+                raise OSError("The disk is full: nothing was written.")
+            os.fsync(file)
     finally:
-        _unlock(file)
         os.close(file)
     if is_new and hasattr(os, "O_DIRECTORY"):
         # The file's name is on disk only when its folder is.
@@ -138,9 +137,11 @@ def append(path: Path, data: bytes, repair: Callable[[int], None] | None = None)
             os.close(folder)
 
 
-def _lock(file: int) -> None:
-    """Lock an open file until `_unlock`; OSError if another process has it for longer than a second."""
+@contextmanager
+def _locked(file: int) -> Iterator[None]:
+    """Hold the lock of an open file; OSError if another process has it for longer than a second."""
     if sys.platform == "win32":
+        yield
         return
     import fcntl
 
@@ -153,18 +154,13 @@ def _lock(file: int) -> None:
             if time.monotonic() >= deadline:
                 raise OSError("Another process writes to the file: wait for it or end it.") from None
             time.sleep(_POLL_S)
+            continue
         except OSError:
-            # A file system without locks.
-            return
-        else:
-            return
-
-
-def _unlock(file: int) -> None:
-    """Give the lock back: to close the file is not enough where a child, forked meanwhile, has it open as well."""
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    with suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_UN)
+            pass  # a file system without locks
+        break
+    try:
+        yield
+    finally:
+        # To close the file is not enough where a child, forked meanwhile, has it open as well.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)

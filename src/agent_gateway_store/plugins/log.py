@@ -32,43 +32,25 @@ class LogNotifier:
 
     async def notify_pending(self, notice: Notice) -> None:
         """Log `APPROVAL_REQUIRED`: who wants which call, why a human is asked, and until when it can be decided."""
-        if not logger.isEnabledFor(logging.INFO):
-            return
-        facts = {
-            "approval_id": str(notice.approval_id),
-            "caller_id": _clean(notice.caller_id),
-            "org_id": _clean(notice.org_id),
-            "server": _clean(notice.tool_call.server),
-            "tool": _clean(notice.tool_call.tool),
-            "risk_explanation": _clean(notice.risk_explanation),
-            "expires_at": _time(notice.expires_at),
-        }
-        logger.info(
-            "APPROVAL_REQUIRED approval_id=%s caller=%s org=%s server=%s tool=%s risk=%s deadline=%s",
-            facts["approval_id"],
-            *(_quoted(facts[key]) for key in ("caller_id", "org_id", "server", "tool", "risk_explanation")),
-            facts["expires_at"],
-            extra={"event": "APPROVAL_REQUIRED", "delivery_id": str(notice.delivery_id), **facts},
+        _log(
+            notice,
+            "APPROVAL_REQUIRED approval_id=%(approval_id)s caller=%(caller_id)s org=%(org_id)s server=%(server)s "
+            "tool=%(tool)s risk=%(risk_explanation)s deadline=%(expires_at)s",
+            texts={
+                "server": notice.tool_call.server,
+                "tool": notice.tool_call.tool,
+                "risk_explanation": notice.risk_explanation,
+            },
+            facts={"expires_at": _time(notice.expires_at)},
         )
 
     async def notify_decision(self, notice: Notice) -> None:
         """Log `APPROVAL_DECIDED`: the decision, and by whom."""
-        if not logger.isEnabledFor(logging.INFO):
-            return
-        facts = {
-            "approval_id": str(notice.approval_id),
-            "status": notice.status.value,
-            "approver_id": None if notice.approver_id is None else _clean(notice.approver_id),
-            "caller_id": _clean(notice.caller_id),
-            "org_id": _clean(notice.org_id),
-            "decided_at": _time(notice.decided_at),
-        }
-        logger.info(
-            "APPROVAL_DECIDED approval_id=%s status=%s approver=%s",
-            facts["approval_id"],
-            facts["status"],
-            _quoted(facts["approver_id"]),
-            extra={"event": "APPROVAL_DECIDED", "delivery_id": str(notice.delivery_id), **facts},
+        _log(
+            notice,
+            "APPROVAL_DECIDED approval_id=%(approval_id)s status=%(status)s approver=%(approver_id)s",
+            texts={"approver_id": notice.approver_id},
+            facts={"status": notice.status.value, "decided_at": _time(notice.decided_at)},
         )
 
 
@@ -78,13 +60,16 @@ def gateway_store_register_notifiers() -> list[LogNotifier]:
     return [LogNotifier()]
 
 
-def _clean(text: str) -> str:
-    return safe_text(text, MAX_TEXT)
-
-
-def _quoted(text: str | None) -> str:
+def _log(notice: Notice, line: str, *, texts: dict[str, str | None], facts: dict[str, str]) -> None:
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    texts |= {"caller_id": notice.caller_id, "org_id": notice.org_id}
+    clean = {name: None if text is None else safe_text(text, MAX_TEXT) for name, text in texts.items()}
     # Quotes inside are escaped, so no text can pretend to be another field.
-    return "none" if text is None else json.dumps(text, ensure_ascii=False)
+    quoted = {name: "none" if text is None else json.dumps(text, ensure_ascii=False) for name, text in clean.items()}
+    facts |= {"approval_id": str(notice.approval_id)}
+    event = line.partition(" ")[0]
+    logger.info(line, facts | quoted, extra={"event": event, "delivery_id": str(notice.delivery_id), **facts, **clean})
 
 
 def _time(moment: datetime | None) -> str:

@@ -172,19 +172,11 @@ class WebhookNotifier:
         self._is_gone = False
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Post `approval.requested`.
-
-        Raises:
-            NotDeliveredError: It did not arrive.
-        """
+        """Post `approval.requested`; raises NotDeliveredError if it did not arrive."""
         await self._send(notice)
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Post `approval.decided`.
-
-        Raises:
-            NotDeliveredError: It did not arrive.
-        """
+        """Post `approval.decided`; raises NotDeliveredError if it did not arrive."""
         await self._send(notice)
 
     async def _send(self, notice: Notice) -> None:

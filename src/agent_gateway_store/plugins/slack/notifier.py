@@ -69,22 +69,14 @@ class SlackNotifier:
         self._may_search = True
 
     async def notify_pending(self, notice: Notice) -> None:
-        """Post the question, unless it is known to be posted.
-
-        Raises:
-            NotDeliveredError: Slack was not reached, or refused it.
-        """
+        """Post the question, unless it is known to be posted; NotDeliveredError if Slack did not take it."""
         is_old = notice.created_at is not None and datetime.now(UTC) - notice.created_at > OLD
         may_be_there = is_old or notice.approval_id in self._unsure
         if notice.approval_id not in self._posted and not (may_be_there and await self._find(notice)):
             await self._post(notice, self._messages.pending_message(notice))
 
     async def notify_decision(self, notice: Notice) -> None:
-        """Replace the question by the decision; post the decision where the question is not found.
-
-        Raises:
-            NotDeliveredError: Slack was not reached, or refused it.
-        """
+        """Replace the question by the decision, or post that alone; NotDeliveredError if Slack did not take it."""
         message = self._messages.decided_message(notice)
         timestamp = self._posted.get(notice.approval_id) or await self._find(notice)
         if timestamp is not None and await self._update(timestamp, message):
