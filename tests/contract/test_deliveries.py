@@ -82,21 +82,6 @@ async def test_tries_are_spaced_by_the_databases_clock(database_url: str) -> Non
             clock.move(timedelta(seconds=4))
 
 
-@POSTGRES
-async def test_nonsense_about_when_to_come_back_is_ignored(database_url: str) -> None:
-    asked: list[Any] = [float("nan"), float("inf"), -5, 10**400, "soon", True]
-    posts = [
-        Post(f"post-{at}", act=raising(errors.NotDeliveredError("429", retry_after_s=each), times=1))
-        for at, each in enumerate(asked)
-    ]
-    async with store_with(database_url, *posts, settings=quiet()) as store:
-        await store.approvals.issue_token(make_request())
-        assert await store.notifications.run(once=True) == 0
-        clock.move(timedelta(seconds=5))
-
-        assert await store.notifications.run(once=True) == len(asked)
-
-
 async def test_giving_up(database_url: str) -> None:
     """After so many tries, or at once where trying again cannot help, a row is a dead letter and is left alone."""
     often = Post("often", act=raising(DOWN))
@@ -259,33 +244,24 @@ async def test_a_claim_that_is_not_lived_up_to_ends(database_url: str) -> None:
 
 @POSTGRES
 async def test_a_notice_that_kills_its_worker_is_given_up(database_url: str) -> None:
-    """Claims count as tries, so a notice of which no try ever ends does not go round for ever."""
+    """Claims count as tries, so one of which no try ends does not go round for ever; nor does a row without notice."""
     post = Post()
     async with store_with(database_url, post, settings=quiet(notification_max_attempts=3)) as store:
-        await store.approvals.issue_token(make_request())
-        async with store.database.write() as connection:
-            await connection.exec_driver_sql("UPDATE notification_deliveries SET attempts = 3")
-        await store.notifications.run(once=True)
-        (row,) = await store.notifications.list()
-
-        assert (row.status, row.attempts, post.tried) == ("DEAD", 3, [])
-        assert row.last_error == "given up: of 3 tries none came to an end"
-
-
-@POSTGRES
-async def test_a_row_that_holds_no_notice_is_a_dead_letter(database_url: str) -> None:
-    post = Post()
-    async with store_with(database_url, post, settings=quiet()) as store:
-        for _ in range(2):
+        for _ in range(3):
             await store.approvals.issue_token(make_request())
         async with store.database.write() as connection:
-            await connection.exec_driver_sql(
-                "UPDATE notification_deliveries SET payload = '[]' "
-                "WHERE id = (SELECT min(id) FROM notification_deliveries)"
-            )
+            for change in ("attempts = 3 WHERE id = (SELECT min(id)", "payload = '[]' WHERE id = (SELECT max(id)"):
+                await connection.exec_driver_sql(
+                    f"UPDATE notification_deliveries SET {change} FROM notification_deliveries)"
+                )
         assert await store.notifications.run(once=True) == 1
 
-        assert await rows(store, "status, last_error") == [("DEAD", "the row holds no notice"), ("DELIVERED", None)]
+        assert await rows(store, "status, attempts, last_error") == [
+            ("DEAD", 3, "given up: of 3 tries none came to an end"),
+            ("DELIVERED", 1, None),
+            ("DEAD", 1, "the row holds no notice"),
+        ]
+        assert len(post.tried) == 1
 
 
 async def test_a_notice_of_a_newer_version_is_sent_without_what_this_one_does_not_know(database_url: str) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
-from contract_helpers import POSTGRES, seen, until
+from contract_helpers import POSTGRES, until
 from delivery_helpers import Post, quiet, rows
 
 from agent_gateway_store import GatewayStore, Notice, StoreSettings, errors, hookimpl
 from agent_gateway_store.delivery import DeliveryWorker, worker
-from agent_gateway_store.testing import RecordingNotifier
 from builders import make_request
 
 pytestmark = [POSTGRES, pytest.mark.usefixtures("no_plugins")]
@@ -154,24 +152,3 @@ async def test_a_claim_that_outlives_its_worker_is_not_recorded_for_ever(
     await until(lambda: asyncio.all_tasks() == before)
     assert post.tried == []
     assert await what_is_left(database_url) == [("pending", "DUE", 1)]
-
-
-async def test_closing_waits_for_no_notifier_longer_than_its_timeout(database_url: str) -> None:
-    """One that raises and one that never returns cost the gateway and the other notifiers nothing else."""
-
-    async def raises(_: Notice) -> None:
-        raise RuntimeError("no network")
-
-    async def hangs(_: Notice) -> None:
-        await asyncio.Event().wait()
-
-    recorder = RecordingNotifier()
-    settings = StoreSettings(plugin_timeout_seconds=0.2)
-    async with store_with(
-        database_url, Post("broken", raises), Post("hanging", hangs), recorder, settings=settings
-    ) as store:
-        await store.approvals.issue_token(make_request())
-        started = time.monotonic()
-
-    assert time.monotonic() - started < 10
-    assert seen(recorder) == [("pending", "PENDING")]

@@ -138,7 +138,7 @@ async def test_callers_that_hang_up_count(store: GatewayStore, gate: Gate) -> No
         task.cancel()
         await asyncio.wait([task])
         gate.set()
-        # Joins the check: four of an id may be under way.
+        # Joins the check.
         await answer(store, key)
 
     assert await answer(store, new_key(issued.api_key.key_id)) == "busy"

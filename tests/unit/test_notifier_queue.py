@@ -6,18 +6,18 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 
-from agent_gateway_store import Notice, StoreSettings, ToolCall
+from agent_gateway_store import Notice, StoreSettings
 from agent_gateway_store.delivery import DeliveryWorker, attempts, worker
 from agent_gateway_store.delivery.attempts import AttemptResult, Delivery, ResultRecorder
 from agent_gateway_store.delivery.policy import Policy
 from agent_gateway_store.delivery.worker import NotifierQueue
 from agent_gateway_store.hooks.dispatch import DeliveryReport, Dispatcher
 from agent_gateway_store.models.delivery import Leased
-from agent_gateway_store.models.values import ApprovalStatus
+from agent_gateway_store.testing import make_notice
 
 POLICY = Policy.of(StoreSettings(notification_concurrency=1))
 
@@ -51,17 +51,7 @@ def queue_over(dispatcher: Any, recorder: Any) -> NotifierQueue:
 
 
 def delivery(*, seconds_left: float = 60) -> Delivery:
-    notice = Notice(
-        event="pending",
-        delivery_id=uuid4(),
-        approval_id=uuid4(),
-        org_id="default",
-        request_id="r-1",
-        caller_id="dev-agent",
-        tool_call=ToolCall(server="files", tool="delete_file", arguments={}),
-        risk_explanation="",
-        status=ApprovalStatus.PENDING,
-    )
+    notice = make_notice()
     leased_at = time.monotonic() + seconds_left - POLICY.send_within_s
     return Delivery(notice.delivery_id, "post", notice.approval_id, 1, notice, leased_at)
 
