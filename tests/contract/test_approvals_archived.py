@@ -8,34 +8,15 @@ from pathlib import Path
 
 import pytest
 from contract_helpers import WITH_REDIS, store_sealed_by_hand, until
-from erasure_helpers import (
-    BEFORE,
-    MARK,
-    KilledError,
-    everything,
-    killed,
-    secret_call,
-    secret_event,
-    settle,
-)
+from delivery_helpers import Post, raising
+from erasure_helpers import BEFORE, MARK, KilledError, everything, killed, secret_call, secret_event, settle
 
-from agent_gateway_store import GatewayStore, Notice, StoreSettings, clock
+from agent_gateway_store import GatewayStore, StoreSettings, clock
 from agent_gateway_store.archive import Archive
 from agent_gateway_store.retention import approvals
-from agent_gateway_store.testing import RecordingNotifier
 from builders import make_event, make_request
 
 store = store_sealed_by_hand
-
-
-class Unreachable(RecordingNotifier):
-    """A notifier that delivers nothing."""
-
-    async def notify_pending(self, notice: Notice) -> None:
-        raise ConnectionError
-
-    async def notify_decision(self, notice: Notice) -> None:
-        raise ConnectionError
 
 
 async def _has_dead_notices(store: GatewayStore) -> bool:
@@ -74,7 +55,7 @@ async def test_nothing_of_archived_ones_is_left_elsewhere(
     could not be delivered.
     """
     settings = StoreSettings(audit_seal_seconds=0, redis_timeout_seconds=5, notification_max_attempts=1)
-    plugins, folder = [Unreachable()], tmp_path / "a"
+    plugins, folder = [Post(act=raising(ConnectionError()))], tmp_path / "a"
     async with GatewayStore(database_url, redis_url=redis_setting, settings=settings, plugins=plugins) as store:
         expires_at = datetime(2100, 1, 1, tzinfo=UTC)
         request = make_request(tool_call=secret_call(), risk_explanation=MARK, expires_at=expires_at)

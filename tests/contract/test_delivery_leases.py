@@ -85,7 +85,6 @@ async def test_a_late_result_is_none_of_a_dead_letter_that_is_sent_again(databas
 
 @pytest.mark.parametrize("status", list(DeliveryStatus))
 async def test_a_late_result_overwrites_no_other(database_url: str, status: DeliveryStatus) -> None:
-    """Whatever the second worker recorded stays as it is."""
     async with quiet_store(database_url) as store:
         late, held = await claimed_twice(store)
         await record(store.database, [AttemptResult(held, status, 2, 5.0, "OSError: second")], POLICY)

@@ -217,24 +217,6 @@ async def test_known_key_outlives_the_database_for_its_time_of_trust(
     assert await answer(store, issued) == "busy"
 
 
-async def test_use_is_noted_although_no_row_is_read(database_url: str) -> None:
-    """With a trust longer than a minute the use is still noted once a minute, by one statement."""
-    async with GatewayStore(database_url, redis_url="", settings=StoreSettings(api_key_cache_seconds=600)) as store:
-        issued = await issue(store)
-        await store.keys.verify(issued.plaintext)
-        first = (await store.keys.get("dev-agent")).last_used_at
-        clock.move(timedelta(seconds=61))
-        with counted_statements(store, "api_keys") as statements:
-            for _ in range(5):
-                await store.keys.verify(issued.plaintext)
-        second = (await store.keys.get("dev-agent")).last_used_at
-
-    assert [statement.split()[0] for statement in statements] == ["UPDATE"]
-    assert first is not None
-    assert second is not None
-    assert second - first >= timedelta(minutes=1)
-
-
 async def test_known_key_is_no_answer_of_a_closed_store(database_url: str) -> None:
     """After `close` a key that was known raises; opened again, the store asks the database."""
     store = await GatewayStore(database_url, redis_url="").open()

@@ -17,7 +17,16 @@ from pydantic import SecretStr
 from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 
-from agent_gateway_store import ApiKey, CallerIdentity, GatewayStore, IssuedKey, TrustLevel, clock, errors
+from agent_gateway_store import (
+    ApiKey,
+    CallerIdentity,
+    GatewayStore,
+    IssuedKey,
+    StoreSettings,
+    TrustLevel,
+    clock,
+    errors,
+)
 from agent_gateway_store.keys.format import new_key, new_key_id, parse_key_id
 
 MINUTE, HOUR, MILLION_DAYS = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1_000_000)
@@ -322,21 +331,24 @@ async def test_a_revocation_and_an_issue_at_once_leave_one_key_or_none(
             assert active == []
 
 
-async def test_last_use_is_noted_once_a_minute(store: GatewayStore) -> None:
+@pytest.mark.parametrize("trusted_s", [30, 600])
+async def test_last_use_is_noted_once_a_minute(database_url: str, trusted_s: int) -> None:
     """The first use is noted, those of the next minute cost no write, the one after it is noted again."""
-    issued = await issue(store)
-    await store.keys.verify(issued.plaintext)
-    first = (await store.keys.get("dev-agent")).last_used_at
-    clock.move(50 * MINUTE / 60)
-    with counted_statements(store, "api_keys") as statements:
+    settings = StoreSettings(api_key_cache_seconds=trusted_s)
+    async with GatewayStore(database_url, redis_url="", settings=settings) as store:
+        issued = await issue(store)
         await store.keys.verify(issued.plaintext)
-    clock.move(11 * MINUTE / 60)
-    await store.keys.verify(issued.plaintext)
-    third = (await store.keys.get("dev-agent")).last_used_at
+        first = (await store.keys.get("dev-agent")).last_used_at
+        clock.move(50 * MINUTE / 60)
+        with counted_statements(store, "api_keys") as statements:
+            await store.keys.verify(issued.plaintext)
+        clock.move(11 * MINUTE / 60)
+        await store.keys.verify(issued.plaintext)
+        third = (await store.keys.get("dev-agent")).last_used_at
 
     assert first is not None
     assert third is not None
-    assert [statement.split()[0] for statement in statements] == ["SELECT"]
+    assert [statement.split()[0] for statement in statements] == ["SELECT"][: trusted_s < 50]
     assert third - first >= MINUTE
 
 

@@ -88,7 +88,6 @@ async def test_asking_deciding_and_using_are_one_round_trip_on_postgresql(
 
 
 async def test_asking_again_and_votes_that_do_not_decide_tell_nobody(database_url: str) -> None:
-    """Nor does a change that is refused."""
     async with quiet_store(database_url, Post()) as store:
         request = make_request(required_approvals=2)
         await store.approvals.issue_token(request)

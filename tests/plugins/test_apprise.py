@@ -20,7 +20,6 @@ NASTY = "a\nTo: all\r\n\x1b[2J\u202e <b>bold</b> \\n :smile: @everyone"
 
 
 async def test_tells_of_question_and_answer() -> None:
-    """In plain text, with all that is needed to act on it."""
     notice = make_notice(expires_at=datetime(2031, 1, 1, 12, tzinfo=UTC))
     async with serving(OK) as server:
         notifier = apprise_notifier(server.port)
@@ -37,7 +36,6 @@ async def test_tells_of_question_and_answer() -> None:
 
 
 async def test_texts_stay_one_line_and_plain() -> None:
-    """Nobody's text adds a line, an escape or an emoji."""
     async with serving(OK) as server:
         await apprise_notifier(server.port).notify_pending(make_notice(caller_id=NASTY, risk_explanation=NASTY))
 
@@ -61,7 +59,6 @@ async def test_a_cut_text_says_so_and_how_to_see_the_rest() -> None:
 
 
 async def test_a_call_that_was_not_stored_whole_says_so() -> None:
-    """And no command is said to show all of it."""
     notice = make_notice(tool_call=ToolCall(server="s", tool="t", arguments={"a": ["[cut: 1 more items]"]}))
     async with serving(OK, OK) as server:
         await apprise_notifier(server.port).notify_pending(notice)

@@ -122,7 +122,6 @@ def test_wrong_settings_name_the_variable_and_never_the_value(
 
 
 def test_a_notice_that_does_not_get_through_fails_the_check(install: Install) -> None:
-    """The notifier's error is told, its secret masked."""
     install("checked", PLUGIN)
 
     outcome = plugins("check", "--json", token="good-token", tries="0")
@@ -150,7 +149,6 @@ def test_unknown_and_blocked_plugins(install: Install) -> None:
     ],
 )
 def test_a_declaration_that_is_none_breaks_the_plugin_alone(install: Install, returned: str, fault: str) -> None:
-    """It is recorded; the check of the others goes on."""
     hook = f"@hookimpl\n    def gateway_store_plugin_settings():\n        return {returned}\n"
     install("a-odd", f"\n    from agent_gateway_store import hookimpl\n\n    {hook}")
     install("checked", PLUGIN)

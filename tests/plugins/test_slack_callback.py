@@ -133,7 +133,6 @@ class TestDecisions:
         assert slack.said[0]["text"] == "The deadline has passed."
 
     async def test_slack_that_takes_no_word(self, make: Make, slack: Slack, approvals: RecordedApprovals) -> None:
-        """The decision stands all the same."""
         approvals.outcome = ApprovalStatus.PENDING
         async with serving(OK) as gone:
             pass
@@ -147,7 +146,6 @@ class TestWhoClicks:
     async def test_stranger_is_refused(
         self, make: Make, slack: Slack, approvals: RecordedApprovals, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Told so, and logged with user and approval."""
         reply = await pressed(make(), slack, user="U0STRANGER")
 
         assert (reply.status, approvals.decisions) == (200, [])
@@ -244,7 +242,6 @@ class TestRequests:
         assert len(approvals.decisions) == 1
 
     async def test_signed_but_no_click_of_ours(self, make: Make, approvals: RecordedApprovals) -> None:
-        """Acknowledged, and nothing done."""
         hook = make()
         for body in (
             *(b"", b"payload=", b"payload=null", b"payload=[]", b"payload=%5B" * 3, b"ssl_check=1&token=x"),
@@ -270,7 +267,6 @@ class TestRequests:
         ],
     )
     async def test_words_go_to_slack_only(self, make: Make, slack: Slack, url: Any) -> None:
-        """A response URL elsewhere is not used."""
         async with serving(OK) as trap:
             url = url.format(port=trap.port) if isinstance(url, str) else url
             reply = await pressed(make(), slack, user="U0STRANGER", response_url=url)
@@ -331,7 +327,6 @@ def _damage(rng: random.Random, payload: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_fuzzed_requests(make: Make, approvals: RecordedApprovals, slack: Slack, count: int) -> None:
-    """So many hostile requests: none raises, none decides."""
     rng = random.Random(20261124)
     hook, good = make(), click(slack, APPROVAL)
     statuses: set[int] = set()
@@ -363,6 +358,5 @@ async def test_secrets_are_in_no_log(
 
 
 def test_needs_a_signing_secret() -> None:
-    """Without it nothing could be believed."""
     with pytest.raises(ValueError, match="SIGNING_SECRET"):
         SlackCallback(RecordedApprovals(), Plugins(environ={"AGENT_GATEWAY_STORE_LOAD_PLUGINS": ""}))

@@ -87,7 +87,6 @@ class TestMessage:
 
     @pytest.mark.parametrize("unit", ["x", "&", "\x00", "文", "`", "\U000e0001", "\ud800"])
     def test_limits_of_slack_are_kept(self, unit: str) -> None:
-        """Whatever the texts grow to when they are escaped."""
         long = unit * 100_000
         call = ToolCall(server=long, tool=long, arguments={"a": long, **{f"{unit}{n}": [long] * 3 for n in range(20)}})
         names = dict.fromkeys(("caller_id", "org_id", "request_id", "risk_explanation"), long)
@@ -133,7 +132,6 @@ class TestMessage:
             assert "whole" not in texts_of(each).replace(CUT_CALL, "")
 
     def test_answer_has_no_buttons(self) -> None:
-        """It says how it ended and by whom."""
         for status, approver in (("APPROVED", "ann"), ("DENIED", "ann"), ("EXPIRED", None), ("CANCELLED", None)):
             message = decided_message(decided(make_notice(), status=status, approver_id=approver))
 
@@ -180,7 +178,6 @@ class TestUpdate:
     async def test_without_the_right_to_read_the_answer_is_its_own_message(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """And the log says, once, what is missing."""
         async with slack_running() as slack:
             slack.scopes = {"chat:write"}
             notifier = slack_notifier(slack.api_url)
@@ -191,7 +188,6 @@ class TestUpdate:
         assert caplog.text.count("channels:history") == 1
 
     async def test_trouble_with_the_history_is_tried_again(self) -> None:
-        """Only a missing right ends the looking."""
         notice = make_notice()
         async with slack_running() as slack:
             await slack_notifier(slack.api_url).notify_pending(notice)
@@ -270,7 +266,6 @@ class TestFailures:
         assert str(caught.value).isprintable()
 
     async def test_gigabyte(self) -> None:
-        """An answer without end is cut off."""
         sent = 0
 
         async def flood(writer: asyncio.StreamWriter) -> None:

@@ -102,5 +102,4 @@ async def test_same_click_100_times() -> None:
 
 @pytest.mark.slow
 async def test_same_click_1000_times(migrated_postgres_database: Callable[[], str]) -> None:
-    """Likewise on PostgreSQL."""
     await replay(migrated_postgres_database(), 1000)

@@ -51,7 +51,6 @@ class TestWhatIsSent:
             Webhook(secret).verify(request.body, request.headers)
 
     async def test_connection_is_used_again(self) -> None:
-        """Many notices cost one connection."""
         async with serving(OK) as server:
             notifier = notifier_for(server)
             for _ in range(5):
@@ -87,19 +86,14 @@ class TestWhatIsSent:
         assert content["caller_id"].endswith("…")
 
     def test_short_arguments_are_untouched(self) -> None:
-        """Nothing is cut that fits."""
+        """Nothing is cut that fits; of a call that was not stored whole a sentence says so."""
         arguments = {"a": [1, 2.5, None, True, {"b": "c"}], "text": "x" * 3000}
         content = json.loads(body_of(make_notice(tool_call=ToolCall(server="s", tool="t", arguments=arguments))))
+        cut = ToolCall(server="s", tool="t", arguments={"[cut]": "[cut: 1 more entries]"})
 
         assert content["data"]["tool_call"]["arguments"] == arguments
-        assert content["data"]["arguments_cut"] is False
-        assert content["data"]["warning"] == ""
-
-    def test_a_call_that_was_not_stored_whole_says_so(self) -> None:
-        """In a sentence that a receiver can show."""
-        call = ToolCall(server="s", tool="t", arguments={"[cut]": "[cut: 1 more entries]"})
-
-        assert json.loads(body_of(make_notice(tool_call=call)))["data"]["warning"] == CUT_CALL
+        assert (content["data"]["arguments_cut"], content["data"]["warning"]) == (False, "")
+        assert json.loads(body_of(make_notice(tool_call=cut)))["data"]["warning"] == CUT_CALL
 
 
 def test_a_notifier_for_each_receiver(monkeypatch: pytest.MonkeyPatch) -> None:

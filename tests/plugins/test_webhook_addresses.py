@@ -117,7 +117,6 @@ def test_public_addresses_are_allowed() -> None:
 
 
 def test_other_addresses_are_refused() -> None:
-    """Whatever can lead to a machine of the operator's."""
     assert allowed_by(AddressPolicy(), REFUSED) == []
 
 
@@ -132,7 +131,6 @@ def test_private_networks_can_be_allowed() -> None:
 
 
 def test_a_named_network_is_allowed_whatever_it_is() -> None:
-    """The operator has the last word."""
     policy = AddressPolicy(allowed=(ipaddress.ip_network("169.254.169.254/32"), ipaddress.ip_network("fd00:ec2::/64")))
 
     assert policy.allows(ipaddress.ip_address("169.254.169.254"))
@@ -203,7 +201,6 @@ async def test_rebinding_has_no_second_lookup(connects: list[Any]) -> None:
 
 
 async def test_the_checked_address_is_connected_to(connects: list[Any]) -> None:
-    """Host stays the name; the socket goes to the address."""
     async with serving(OK) as server:
         url = f"http://hooks.example:{server.port}/x"
         await notifier_for(

@@ -40,7 +40,6 @@ class TestAnswers:
         assert len(server.requests) == len(lines)
 
     async def test_redirect_is_a_failure_and_not_followed(self) -> None:
-        """The place it names sees no connection."""
         lines = ("301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent")
         async with serving(OK) as other, serving(*(status(line, f"Location: {other.url}") for line in lines)) as server:
             refusals = [await refusal(notifier_for(server), "redirects are not followed") for _ in lines]
@@ -62,7 +61,6 @@ class TestAnswers:
 
     @pytest.mark.parametrize("line", ["429 Too Many Requests", "503 Unavailable", "502 Bad Gateway", "504 Timeout"])
     async def test_retry_after_is_honoured(self, line: str) -> None:
-        """In seconds, or as a date."""
         date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
         async with serving(status(line, "Retry-After: 17"), status(line, f"Retry-After: {date}")) as server:
             seconds, moment = [await refusal(notifier_for(server)) for _ in range(2)]
@@ -107,8 +105,6 @@ class TestAnswers:
 
 class TestBadServers:
     async def test_reset(self) -> None:
-        """A connection that is reset is a failure."""
-
         async def reset(writer: asyncio.StreamWriter) -> None:
             linger = struct.pack("ii", 1, 0)
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -138,8 +134,6 @@ class TestBadServers:
                 await refusal(notifier_for(server, timeout_seconds=0.3), r"within 0.3 seconds")
 
     async def test_body_trickles(self) -> None:
-        """A 2xx is delivered, however long the rest takes."""
-
         async def trickle(writer: asyncio.StreamWriter) -> None:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
             for _ in range(1000):
@@ -178,8 +172,6 @@ class TestBadServers:
         assert sent < 100_000_000
 
     async def test_headers_without_end(self) -> None:
-        """Nor are headers without end."""
-
         async def flood(writer: asyncio.StreamWriter) -> None:
             writer.write(b"HTTP/1.1 200 OK\r\n")
             while True:

@@ -41,7 +41,6 @@ def test_what_was_signed_is_received() -> None:
 
 
 def test_either_of_two_secrets_will_do() -> None:
-    """On both ends, while secrets are changed over."""
     body = body_of(make_notice())
 
     assert WebhookReceiver([OLD_SECRET, SECRET]).verify(body, signed(body, SECRET)) is not None
@@ -81,7 +80,6 @@ def test_repetitions_are_told_until_forgotten() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """The latest are kept."""
     receiver, body = WebhookReceiver([SECRET], remember=10), body_of(make_notice())
     for number in range(30):
         receiver.verify(body, signed(body, SECRET, delivery_id=f"msg-{number}"))
@@ -101,13 +99,11 @@ def test_an_unsigned_id_is_not_remembered() -> None:
 
 
 def test_signed_nonsense_is_not_received() -> None:
-    """It has another form than a webhook of this package."""
     for content in (b"[]", b"1", b'"x"', b"{}", b'{"type":1,"timestamp":"","data":{}}', b"{", b""):
         assert WebhookReceiver([SECRET]).verify(content, signed(content, SECRET)) is None
 
 
 def test_fuzzed_headers_and_bodies_raise_nothing() -> None:
-    """2,000 of them: none is valid, none raises."""
     rng = random.Random(20261124)
     receiver, body = WebhookReceiver([SECRET]), body_of(make_notice())
     good = signed(body, SECRET)
@@ -130,7 +126,6 @@ def test_fuzzed_headers_and_bodies_raise_nothing() -> None:
 
 
 def test_secrets_of_the_wrong_form() -> None:
-    """Said at once, not repeated."""
     for secrets in ([], ["planted"], ["whsec_c2hvcnQ="], ["whsec_" + "A" * 400]):
         with pytest.raises(ValueError) as caught:
             WebhookReceiver(secrets)

@@ -49,7 +49,6 @@ async def test_comes_again_when_the_receiver_says_so() -> None:
 
 
 async def test_request_and_decision() -> None:
-    """Both arrive, as what they are."""
     async with serving(OK) as server, store_with(server) as store:
         token = await store.approvals.issue_token(make_request())
         await store.approvals.approve(token, approver_id="ann", note="fine")

@@ -25,7 +25,6 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_checkpoint_is_appended_and_read_back(file: Path) -> None:
-    """From a file for its owner alone."""
     kept = [LOG.checkpoint(3), LOG.checkpoint(7), UNSIGNED.checkpoint(8), UNSIGNED.checkpoint(9), LOG.checkpoint(9)]
     umask = os.umask(0)
     try:
@@ -62,7 +61,6 @@ def test_the_prefixed_setting_wins(file: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_folder_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Which the store reports, as of any plugin."""
     monkeypatch.setenv("WITNESS_FILE_PATH", str(tmp_path / "missing" / "witness.txt"))
     with pytest.raises(FileNotFoundError):
         gateway_store_checkpoint(LOG.checkpoint())

@@ -48,9 +48,8 @@ def test_giving_up() -> None:
     assert policy.after(arrived, 3)[0] == "DELIVERED"
 
 
-@pytest.mark.parametrize("timeout_s", [0.1, 5, 600])
-def test_a_try_ends_before_its_lease(timeout_s: float) -> None:
+def test_a_try_ends_before_its_lease() -> None:
     """The last moment to begin a try leaves it time to fail, and its thread time to give way."""
-    policy = Policy.of(StoreSettings(plugin_timeout_seconds=timeout_s))
-
-    assert 0 < policy.send_within_s < policy.lease_s - timeout_s - 1
+    for timeout_s in (0.1, 5, 600):
+        policy = Policy.of(StoreSettings(plugin_timeout_seconds=timeout_s))
+        assert 0 < policy.send_within_s < policy.lease_s - timeout_s - 1

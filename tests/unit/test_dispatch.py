@@ -114,14 +114,12 @@ class TestDelivery:
         assert seen == ["trace-1"]
 
     async def test_unknown_name_is_a_report(self) -> None:
-        """Nothing is raised for a notifier that is gone."""
         with dispatching() as dispatcher:
             report = await dispatcher.deliver("gone", make_notice())
 
         assert report == DeliveryReport("gone", False, "no notifier of this name is loaded", 0.0)
 
     def test_usable_from_several_loops_at_once(self) -> None:
-        """Threads with loops of their own share it."""
         recorder = Recorder()
 
         with dispatching(recorder, timeout=10) as dispatcher:
@@ -137,8 +135,6 @@ class TestDelivery:
         assert len(recorder.received) == 8
 
     async def test_listener_and_notifier_of_one_name_do_not_share_a_thread(self) -> None:
-        """A plugin whose hook blocks still notifies."""
-
         class Both(Recorder):
             release = threading.Event()
 
@@ -309,7 +305,6 @@ class TestIsolation:
         assert "Plugin stray: stray error in its event loop: SystemExit: 3" in caplog.text
 
     async def test_plugin_that_stops_its_loop(self) -> None:
-        """The loop is started again."""
         with dispatching(Doing("stopper", lambda: asyncio.get_running_loop().stop()), timeout=10) as dispatcher:
             assert all([(await dispatcher.deliver("stopper", make_notice())).ok for _ in range(3)])
 

@@ -72,8 +72,6 @@ def test_every_hook_is_prefixed_typed_and_documented() -> None:
 
 
 def test_notifier_shape_can_be_checked_at_run_time() -> None:
-    """`isinstance` tells a notifier from another object."""
-
     class Good:
         name = "good"
 
@@ -123,7 +121,6 @@ class TestText:
         assert describe(KeyError()) == "KeyError"
 
     def test_mask_tokens_spares_names_that_begin_like_a_key(self) -> None:
-        """An approver reads which table is dropped."""
         for name in ("agw_prod-customers_all", "/backups/agw_tmp", "agw_prod_customers_of_2026", "agw_"):
             assert mask_tokens(name) == name
 
@@ -136,5 +133,4 @@ class TestText:
         assert mask_tokens(text) == text
 
     def test_one_line_escapes_what_cannot_be_seen(self) -> None:
-        """Line breaks of every kind, and a lone surrogate."""
         assert escape("a\r\n\u2028\x85\ud800b é") == r"a\r\n\u2028\x85\ud800b é"

@@ -44,7 +44,6 @@ async def logged(caplog: pytest.LogCaptureFixture, notice: Notice) -> logging.Lo
 
 
 async def test_decision_names_status_and_approver(caplog: pytest.LogCaptureFixture) -> None:
-    """The approver's name is somebody's text as well."""
     record = await logged(caplog, made("decision"))
     caplog.clear()
     nasty = await logged(caplog, made("decision", approver_id=NASTY))
@@ -113,7 +112,6 @@ async def test_no_secret_and_no_argument(caplog: pytest.LogCaptureFixture) -> No
 
 
 async def test_long_text_is_cut(caplog: pytest.LogCaptureFixture) -> None:
-    """A line stays readable."""
     record = await logged(caplog, made(risk_explanation="x" * 100_000))
 
     assert len(record.getMessage()) < 1500

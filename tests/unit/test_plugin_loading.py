@@ -40,7 +40,6 @@ class TestInstalled:
         assert list(plugins.notifiers(settings)) == ["good"]
 
     def test_variables_are_read_from_the_environment(self, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
-        """By default os.environ is asked."""
         install("one")
         monkeypatch.setenv("AGENT_GATEWAY_STORE_BLOCK_PLUGINS", " one , two")
 
@@ -110,7 +109,6 @@ class TestInstalled:
         assert "Plugin bad is broken: " in caplog.text
 
     def test_keyboard_interrupt_gets_through(self, install: Install) -> None:
-        """Ctrl-C during a long import is the user's."""
         install("bad", "raise KeyboardInterrupt")
 
         with pytest.raises(KeyboardInterrupt):
@@ -174,7 +172,6 @@ class TestInstalled:
         assert list(plugins.notifiers(settings)) == ["new", "typo"]
 
     def test_class_as_entry_point(self, install: Install, settings: StoreSettings) -> None:
-        """One class and one entry point make a plugin."""
         install("klass", GOOD.split("@hookimpl")[0], entry="klass")
         info = next(Path(sys.path[0]).glob("*.dist-info")) / "entry_points.txt"
         info.write_text("[agent_gateway_store]\nklass = fake_klass:Good\n")
@@ -186,7 +183,6 @@ class TestGiven:
     """Plugins handed to the store."""
 
     def test_bare_notifier_is_taken_as_it_is(self, settings: StoreSettings) -> None:
-        """An object with the two methods needs no hook."""
         notifier = RecordingNotifier("mine")
 
         plugins = load(given=(notifier,))
@@ -213,8 +209,6 @@ class TestGiven:
         assert [r.name for r in plugins.records if r.state == "active"] == ["Source", "some_module"]
 
     def test_two_of_a_kind_get_names_of_their_own(self) -> None:
-        """Names of plugins are made unique; nothing is lost."""
-
         class Listener:
             @hookimpl
             def gateway_store_approval_event(self, notice: object) -> None: ...

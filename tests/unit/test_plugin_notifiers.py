@@ -112,7 +112,6 @@ class TestNotifiers:
         ],
     )
     def test_bad_answer_costs_a_record(self, answer: Any, error: str, settings: StoreSettings) -> None:
-        """Garbage is reported, the notifiers around it stay."""
         plugins = load(given=(RecordingNotifier("before"), Source(answer), RecordingNotifier("after")))
 
         assert list(plugins.notifiers(settings)) == ["before", "after"]
@@ -145,7 +144,6 @@ class TestNotifiers:
         assert record(plugins, "Source-3").error == said
 
     def test_asking_again_forgets_old_faults(self, settings: StoreSettings) -> None:
-        """The record tells how it stands, not how it once was."""
         source = Source(7)
         plugins = load(given=(source,))
         plugins.notifiers(settings)
@@ -153,19 +151,6 @@ class TestNotifiers:
 
         assert list(plugins.notifiers(settings)) == ["now"]
         assert record(plugins, "Source").state == "active"
-
-    def test_settings_are_handed_over(self, settings: StoreSettings) -> None:
-        """A plugin sees the settings of the store that asks."""
-        seen = []
-
-        class Curious:
-            @hookimpl
-            def gateway_store_register_notifiers(self, settings: StoreSettings) -> None:
-                seen.append(settings)
-
-        load(given=(Curious(),)).notifiers(settings)
-
-        assert seen == [settings]
 
     def test_wrapper_reaches_its_own_plugin_only(self) -> None:
         """A plugin cannot wrap, and so swallow, what another one hears."""
