@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from unittest.mock import Mock
 
@@ -16,29 +15,6 @@ from key_cache_helpers import issue
 from agent_gateway_store import CallerIdentity, GatewayStore, errors
 
 pytestmark = POSTGRES
-
-
-async def test_event_loop_runs_on_while_bcrypt_works(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bcrypt runs in threads of its own: while one check is under way, others tasks get their turn."""
-    issued = await issue(store)
-    held, release = threading.Event(), threading.Event()
-
-    def slow(_secret: bytes, _hashed: bytes) -> bool:
-        held.set()
-        return release.wait(10)
-
-    monkeypatch.setattr(bcrypt, "checkpw", slow)
-    verifying = asyncio.create_task(store.keys.verify(issued.plaintext))
-    assert await asyncio.to_thread(held.wait, 10)
-    started = time.monotonic()
-    for _ in range(100):
-        await asyncio.sleep(0)
-    stalled = time.monotonic() - started
-    assert not verifying.done()
-    release.set()
-
-    assert (await verifying).caller_id == "dev-agent"
-    assert stalled < 5
 
 
 async def hold(

@@ -11,7 +11,7 @@ from datetime import timedelta
 import bcrypt
 import key_cache_helpers
 import pytest
-from contract_helpers import column, counted_statements
+from contract_helpers import POSTGRES, column, counted_statements
 from key_cache_helpers import issue
 from pydantic import SecretStr
 from sqlalchemy import insert
@@ -73,6 +73,7 @@ def changed(text: str, place: int) -> str:
     return text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
 
 
+@POSTGRES
 async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
     """What is no key, or fails its checksum, is refused without a statement and without bcrypt."""
     text = (await issue(store)).plaintext.get_secret_value()
@@ -89,6 +90,7 @@ async def test_malformed_key_costs_no_lookup(store: GatewayStore, bcrypt_calls: 
     assert bcrypt_calls == []
 
 
+@POSTGRES
 async def test_every_refusal_reads_the_same(store: GatewayStore, bcrypt_calls: list[bytes]) -> None:
     """Malformed, unknown, wrong, revoked, expired: one error, one text, no cause; bcrypt for the wrong one alone."""
     issued = await issue(store)
@@ -104,6 +106,7 @@ async def test_every_refusal_reads_the_same(store: GatewayStore, bcrypt_calls: l
     assert len(bcrypt_calls) == 1
 
 
+@POSTGRES
 async def test_keys_that_differ_in_one_character_are_different(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,39 +214,41 @@ async def test_expiry_is_judged_by_the_database_clock(store: GatewayStore) -> No
 async def test_a_lifetime_is_counted_by_the_database_clock(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`expires_in` is added to the database's time; the longest one that a database holds is taken."""
-    right_now = clock.utc_now
-    monkeypatch.setattr(clock, "utc_now", lambda: right_now() - 5 * HOUR)
-    issued = await issue(store, expires_in=HOUR)
-    longest = await issue(store, "other-agent", expires_in=MILLION_DAYS)
-
-    assert issued.api_key.expires_at is not None
-    assert abs(issued.api_key.expires_at - right_now() - HOUR) < MINUTE
-    assert await accepts(store, issued, longest) == [True, True]
-    clock.move(HOUR)
-    assert await accepts(store, issued, longest) == [False, True]
-
-
-async def test_a_lifetime_that_cannot_be_is_refused(store: GatewayStore) -> None:
+    """`expires_in` is added to the database's time; the longest one that a database holds is taken, and no other."""
     for lifetime in (timedelta(), -HOUR, MILLION_DAYS + HOUR):
         with pytest.raises(ValueError, match="expires_in must be more than zero"):
             await issue(store, expires_in=lifetime)
     with pytest.raises(ValueError, match="not both"):
         await issue(store, expires_in=HOUR, expires_at=clock.utc_now() + HOUR)
     assert await store.keys.list() == []
-
-
-async def test_a_key_is_read_with_the_time_of_the_database(
-    store: GatewayStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await issue(store)
     right_now = clock.utc_now
     monkeypatch.setattr(clock, "utc_now", lambda: right_now() - 5 * HOUR)
-
+    issued = await issue(store, expires_in=HOUR)
+    longest = await issue(store, "other-agent", expires_in=MILLION_DAYS)
     found = await store.keys.read("dev-agent")
 
+    assert issued.api_key.expires_at is not None
+    assert abs(issued.api_key.expires_at - right_now() - HOUR) < MINUTE
     assert found.api_key == await store.keys.get("dev-agent")
     assert abs(found.read_at - right_now()) < MINUTE
+    assert await accepts(store, issued, longest) == [True, True]
+    clock.move(HOUR)
+    assert await accepts(store, issued, longest) == [False, True]
+
+
+@POSTGRES
+async def test_keys_are_listed_from_the_newest(store: GatewayStore) -> None:
+    issued = [await issue(store, f"agent-{number}") for number in range(3)]
+
+    assert [row.caller_id for row in await store.keys.list(limit=2)] == ["agent-2", "agent-1"]
+    assert [row.caller_id for row in await store.keys.list(limit=2, offset=2)] == ["agent-0"]
+    page = await store.keys.list(limit=2**31 - 1)
+    shown = f"{page.to_dicts()}{page._repr_html_()}{page!r}"
+    assert "$2b$" not in shown
+    assert not any(key.plaintext.get_secret_value() in shown for key in issued)
+    for name, value in itertools.product(("limit", "offset"), (-1, 2**31, 2**63, 10**5000)):
+        with pytest.raises(ValueError, match=f"{name} must be 0 to 2,147,483,647: "):
+            await store.keys.list(**{name: value})
 
 
 async def test_second_key_of_a_caller_is_refused(store: GatewayStore) -> None:
@@ -352,6 +357,7 @@ async def test_last_use_is_noted_once_a_minute(database_url: str, trusted_s: int
     assert third - first >= MINUTE
 
 
+@POSTGRES
 async def test_key_is_verified_although_its_use_cannot_be_noted(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -367,6 +373,7 @@ async def test_key_is_verified_although_its_use_cannot_be_noted(
     assert "could not be recorded: The database is read-only." in caplog.text
 
 
+@POSTGRES
 async def test_unknown_caller_is_told(store: GatewayStore) -> None:
     for ask in (store.keys.get, store.keys.read, store.keys.rotate, store.keys.revoke):
         with pytest.raises(errors.ApiKeyNotFoundError, match="No API key for caller 'nobody': issue one") as caught:
@@ -374,18 +381,3 @@ async def test_unknown_caller_is_told(store: GatewayStore) -> None:
         assert caught.value.caller_id == "nobody"
     with pytest.raises(ValueError, match="overlap must be zero or more"):
         await store.keys.rotate("nobody", overlap=-HOUR)
-
-
-async def test_keys_are_listed_from_the_newest(store: GatewayStore) -> None:
-    issued = [await issue(store, f"agent-{number}") for number in range(3)]
-
-    assert [row.caller_id for row in await store.keys.list(limit=2)] == ["agent-2", "agent-1"]
-    assert [row.caller_id for row in await store.keys.list(limit=2, offset=2)] == ["agent-0"]
-    page = await store.keys.list()
-    shown = f"{page.to_dicts()}{page._repr_html_()}{page!r}"
-    assert "$2b$" not in shown
-    assert not any(key.plaintext.get_secret_value() in shown for key in issued)
-    for name, value in itertools.product(("limit", "offset"), (-1, 2**31, 2**63, 10**5000)):
-        with pytest.raises(ValueError, match=f"{name} must be 0 to 2,147,483,647: "):
-            await store.keys.list(**{name: value})
-    assert len(await store.keys.list(limit=2**31 - 1)) == 3

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from agent_gateway_store import ToolCall, errors, hookimpl
-from agent_gateway_store.hooks.dispatch import DeliveryReport
 from agent_gateway_store.hooks.executor import MAX_ABANDONED
 from agent_gateway_store.models.values import Notice
 from agent_gateway_store.testing import make_notice
@@ -112,12 +111,6 @@ class TestDelivery:
             await dispatcher.deliver("doing", make_notice())
 
         assert seen == ["trace-1"]
-
-    async def test_unknown_name_is_a_report(self) -> None:
-        with dispatching() as dispatcher:
-            report = await dispatcher.deliver("gone", make_notice())
-
-        assert report == DeliveryReport("gone", False, "no notifier of this name is loaded", 0.0)
 
     def test_usable_from_several_loops_at_once(self) -> None:
         recorder = Recorder()
