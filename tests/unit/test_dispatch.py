@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from typing import Any
 
 import pytest
 
@@ -51,24 +50,6 @@ class TestDelivery:
         assert len({*one.threads}) == len({*two.threads}) == 1
         assert not {*one.threads} & {*two.threads, threading.current_thread()}
         assert one.threads[0].daemon
-
-    async def test_notices_that_come_together_wake_the_thread_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """There once with all of them, and back once with how they went: waking costs more than most notices."""
-        wake_ups: list[object] = []
-        call_soon_threadsafe = asyncio.BaseEventLoop.call_soon_threadsafe
-
-        def counting(loop: asyncio.BaseEventLoop, callback: Any, *args: Any, **kwargs: Any) -> asyncio.Handle:
-            wake_ups.append(callback)
-            return call_soon_threadsafe(loop, callback, *args, **kwargs)
-
-        with dispatching(Recorder()) as dispatcher:
-            await dispatcher.deliver("recorder", make_notice())
-            monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counting)
-            reports = await asyncio.gather(*(dispatcher.deliver("recorder", make_notice()) for _ in range(20)))
-            monkeypatch.undo()
-
-        assert all(report.ok for report in reports)
-        assert len(wake_ups) == 2
 
     async def test_notifiers_are_collected_once(self) -> None:
         """However many deliveries begin at once, a plugin is asked once."""

@@ -9,10 +9,10 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 from agent_gateway_store._text import describe, escape
@@ -161,20 +161,22 @@ class _Call(Generic[T]):
     task: asyncio.Task[T | PluginFailure] | None = None
     is_withdrawn: bool = False
 
+    def end(self, result: object) -> None:
+        """Hand the result to the caller, in whichever thread this is."""
+        # RuntimeError: the caller's loop is closed, so nobody waits any more.
+        with contextlib.suppress(RuntimeError):
+            self.result.get_loop().call_soon_threadsafe(_set_result, self.result, result)
+
 
 class PluginThread:
     """Runs calls side by side in one event loop in one daemon thread, which it starts at once.
 
-    Waking another thread costs more than most calls, so calls made together are handed over together, and so are
-    results. The lock of the executor keeps `submit` from running during or after `retire` and `stop`.
+    The lock of the executor keeps `submit` from running during or after `retire` and `stop`.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._calls: set[_Call[Any]] = set()
-        self._submitted: deque[_Call[Any]] = deque()
-        self._ended: list[tuple[_Call[Any], object]] = []
-        self._is_woken = False
         self._is_retired = self._is_stopped = self._is_ending = False
         # Once the thread has ended: the result of the calls that it did not end.
         self._end_result: PluginFailure | None = None
@@ -200,9 +202,10 @@ class PluginThread:
         """Begin a call as soon as the thread is free."""
         call = _Call(function)
         self._calls.add(call)
-        self._submitted.append(call)
-        # Not at once: the thread would take this call and have to be woken again for the next.
-        asyncio.get_running_loop().call_soon(self._wake)
+        self._soon(partial(self._begin, call))
+        # In this order, so that a call which is added while the thread ends is ended here or there.
+        if self._end_result is not None:
+            self._end_all(self._end_result)
         return call
 
     def cancel(self, call: _Call[Any]) -> None:
@@ -230,36 +233,18 @@ class PluginThread:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback)
 
-    def _wake(self) -> None:
-        if self._end_result is not None:
-            self._end_all(self._end_result)
-        elif self._submitted and not self._is_woken:
-            self._is_woken = True
-            self._soon(self._begin_all)
-
-    def _begin_all(self) -> None:
-        # Before the queue is read, so that a call which is added after that wakes the thread again.
-        self._is_woken = False
-        while self._submitted:
-            self._begin(self._submitted.popleft())
-
     def _begin(self, call: _Call[Any]) -> None:
         call.task = self._loop.create_task(_perform(call))
         call.task.add_done_callback(lambda task: self._end(call, _CANCELLED if task.cancelled() else task.result()))
 
     def _end(self, call: _Call[Any], result: object) -> None:
-        self._ended.append((call, _CLOSED if self._is_stopped and isinstance(result, PluginFailure) else result))
-        if len(self._ended) == 1:
-            self._loop.call_soon(self._report)
+        call.end(_CLOSED if self._is_stopped and isinstance(result, PluginFailure) else result)
         self._calls.discard(call)
         self._stop_if_done()
 
-    def _report(self) -> None:
-        ended, self._ended = self._ended, []
-        _hand_back(ended)
-
     def _end_all(self, result: PluginFailure) -> None:
-        _hand_back([(call, result) for call in tuple(self._calls)])
+        for call in tuple(self._calls):
+            call.end(result)
 
     def _stop_if_done(self) -> None:
         if self._is_done and not self._is_ending:
@@ -291,8 +276,6 @@ class PluginThread:
                 self._loop.run_until_complete(_end_tasks())
         with contextlib.suppress(BaseException):
             self._loop.close()
-        self._report()
-        # In this order, so that a call which is submitted meanwhile is ended here or by `_wake`.
         self._end_result = result
         self._end_all(result)
 
@@ -375,20 +358,9 @@ async def awaited(results: list[object]) -> list[object]:
     return [await result if inspect.isawaitable(result) else result for result in results]
 
 
-def _hand_back(ended: list[tuple[_Call[Any], object]]) -> None:
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call[Any], object]]] = {}
-    for call, result in ended:
-        by_loop.setdefault(call.result.get_loop(), []).append((call, result))
-    for loop, results in by_loop.items():
-        # RuntimeError: the caller's loop is closed, so nobody waits any more.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(_set_results, results)
-
-
-def _set_results(results: list[tuple[_Call[Any], object]]) -> None:
-    for call, result in results:
-        if not call.result.done():
-            call.result.set_result(result)
+def _set_result(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
 async def _perform(call: _Call[T]) -> T | PluginFailure:
