@@ -177,6 +177,7 @@ async def test_check_that_overlaps_a_revocation_leaves_no_trust(store: GatewaySt
     assert await answer(store, issued) == "invalid"
 
 
+@pytest.mark.system
 async def test_hung_or_restarted_redis_lets_no_revoked_key_live_longer(database_url: str) -> None:
     """While Redis hangs a revocation is late by the time of trust at most; when it is back, all is read again."""
     with servers.RedisServer() as server:

@@ -166,6 +166,7 @@ def released() -> Iterator[threading.Event]:
     event.set()
 
 
+@pytest.mark.system
 async def test_most_of_many_plugins_misbehave_and_the_others_work(
     install: Install, monkeypatch: pytest.MonkeyPatch, released: threading.Event
 ) -> None:

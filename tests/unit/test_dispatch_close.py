@@ -58,6 +58,7 @@ async def test_close_does_not_wait_for_a_blocked_thread() -> None:
     assert waited < 5
 
 
+@pytest.mark.system
 def test_process_exits_while_plugins_are_stuck() -> None:
     """Neither a blocked thread nor a blocked `to_thread` holds up the end of the process."""
     code = f"""
