@@ -39,6 +39,16 @@ class TestAnswers:
 
         assert len(server.requests) == len(lines)
 
+    async def test_answer_that_was_there_before_the_request_is_none(self) -> None:
+        """What a receiver sends behind an answer acknowledges no later notice; that one is sent again."""
+        async with serving(b"HTTP/1.1 204 No Content\r\n\r\n" + OK, OK) as server:
+            notifier = notifier_for(server)
+            await notifier.notify_pending(make_notice())
+            await refusal(notifier, "before it was asked")
+            await notifier.notify_pending(make_notice())
+
+        assert server.connections == 2
+
     async def test_redirect_is_a_failure_and_not_followed(self) -> None:
         lines = ("301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent")
         async with serving(OK) as other, serving(*(status(line, f"Location: {other.url}") for line in lines)) as server:

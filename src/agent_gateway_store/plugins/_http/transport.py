@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Any
 
 import httpcore
 from pydantic import SecretStr
@@ -140,6 +141,10 @@ class Transport:
             scheme=url.scheme.encode(), host=url.host.encode(), port=url.port, target=url.path.encode()
         )
         async with self._open().stream("POST", where, headers=list(sent.items()), content=body) as got:
+            stream = got.extensions["network_stream"]
+            if isinstance(stream, _Stream) and not stream.was_read:
+                # It came behind the answer before, and does not answer this request.
+                raise NotDeliveredError(f"{url.host} sent an answer before it was asked.")
             found = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in got.headers}
             if not max_body:
                 # The status is known: a slow body must not turn it into "no answer".
@@ -215,6 +220,34 @@ async def _body(response: httpcore.Response, max_body: int) -> bytes:
     return bytes(read) if max_body else b""
 
 
+class _Stream(httpcore.AsyncNetworkStream):
+    """Knows whether anything was read since the last write: an answer without that was there before its request."""
+
+    def __init__(self, inner: httpcore.AsyncNetworkStream) -> None:
+        self._inner = inner
+        self.was_read = False
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        read = await self._inner.read(max_bytes, timeout)
+        self.was_read = True
+        return read
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.was_read = False
+        await self._inner.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        return _Stream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+
 class _CheckingBackend(httpcore.AsyncNetworkBackend):
     def __init__(self, policy: AddressPolicy | None, resolver: Resolve) -> None:
         self._policy = policy
@@ -237,11 +270,20 @@ class _CheckingBackend(httpcore.AsyncNetworkBackend):
         if self._policy is not None:
             addresses = [str(address) for address in self._policy.check(answers)]
         failure: Exception = httpcore.ConnectError("no address")
+        started = time.monotonic()
         for index, address in enumerate(addresses):
             # One that does not answer must not use up the time of the next; the last may take all that is left.
             share = timeout if index == len(addresses) - 1 else ATTEMPT_SECONDS
+            if timeout is not None and share is not None:
+                share = min(share, max(0.0, timeout - (time.monotonic() - started)))
             try:
-                return await self._inner.connect_tcp(address, port, share, local_address, socket_options)
+                return _Stream(await self._inner.connect_tcp(address, port, share, local_address, socket_options))
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
                 failure = exc
         raise failure
+
+    async def connect_unix_socket(self, *_: object, **__: object) -> httpcore.AsyncNetworkStream:
+        raise httpcore.ConnectError("sockets in the file system are not used")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
