@@ -53,45 +53,6 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
-__all__ = [
-    "ApiKeyExistsError",
-    "ApiKeyNotFoundError",
-    "ApprovalAlreadyDecidedError",
-    "ApprovalAlreadyUsedError",
-    "ApprovalAlreadyVotedError",
-    "ApprovalError",
-    "ApprovalExpiredError",
-    "ApprovalMismatchError",
-    "ApprovalNotApprovedError",
-    "ApprovalNotFoundError",
-    "ArchiveError",
-    "AuditEventNotFoundError",
-    "AuditUnavailableError",
-    "DecisionVetoedError",
-    "EventHeldError",
-    "EventsPrunedError",
-    "GatewayStoreError",
-    "HoldNotFoundError",
-    "InvalidApiKeyError",
-    "InvalidCursorError",
-    "InvalidEvidenceError",
-    "InvalidUrlError",
-    "LogMismatchError",
-    "MissingExtraError",
-    "NotDeliveredError",
-    "PluginError",
-    "SchemaOutOfDateError",
-    "SelfApprovalError",
-    "SessionInUseError",
-    "SinkNotFoundError",
-    "StoreNotOpenError",
-    "StoreUnavailableError",
-    "TooManyPendingError",
-    "TransactionConflictError",
-    "UnreadableRowError",
-    "UnsupportedDatabaseError",
-]
-
 
 class GatewayStoreError(Exception):
     """Root of every error this package raises on purpose. Every one can be pickled, with its attributes."""

@@ -32,17 +32,6 @@ from agent_gateway_store.shipping import SinkManager
 from agent_gateway_store.storage.streaming import STREAM_CLOSED
 from agent_gateway_store.store import GatewayStore
 
-__all__ = [
-    "SyncApprovalManager",
-    "SyncAuditManager",
-    "SyncEvidenceManager",
-    "SyncGatewayStore",
-    "SyncKeyManager",
-    "SyncNotificationManager",
-    "SyncRetentionManager",
-    "SyncSinkManager",
-]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -291,7 +280,11 @@ def twin_of(cls: type[Any]) -> type[Any]:
             members[name] = _forwarded(name, member)
         elif inspect.isfunction(member):
             members[name] = _blocking(name, member)
-    return type(f"Sync{cls.__name__}", (_Twin,), members)
+    twin = _TWINS[cls] = type(f"Sync{cls.__name__}", (_Twin,), members)
+    return twin
+
+
+_TWINS: dict[type[Any], type[Any]] = {}
 
 
 SyncAuditManager: Any = twin_of(AuditManager)
@@ -301,15 +294,6 @@ SyncNotificationManager: Any = twin_of(NotificationManager)
 SyncEvidenceManager: Any = twin_of(EvidenceManager)
 SyncRetentionManager: Any = twin_of(RetentionManager)
 SyncSinkManager: Any = twin_of(SinkManager)
-_TWINS: dict[type[Any], Any] = {
-    AuditManager: SyncAuditManager,
-    ApprovalManager: SyncApprovalManager,
-    KeyManager: SyncKeyManager,
-    NotificationManager: SyncNotificationManager,
-    EvidenceManager: SyncEvidenceManager,
-    RetentionManager: SyncRetentionManager,
-    SinkManager: SyncSinkManager,
-}
 _StoreTwin: Any = twin_of(GatewayStore)
 
 

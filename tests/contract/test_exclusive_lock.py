@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
-import logging
 import os
 import sqlite3
 import stat
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,38 +50,28 @@ async def test_a_cancelled_holder_lets_go(store: GatewayStore, other: GatewaySto
         gc.enable()
 
 
-def by_link(file: Path, away: Path) -> str:
-    (away / "linked.db").symlink_to(file)
-    return str(away / "linked.db")
-
-
-def by_folder(file: Path, away: Path) -> str:
-    (away / "folder").symlink_to(file.parent, target_is_directory=True)
-    return str(away / "folder" / file.name)
-
-
-def by_uri(file: Path, away: Path) -> str:
-    return f"file://{file}?uri=true"
-
-
-def by_encoded_uri(file: Path, away: Path) -> str:
-    return f"file:{file.parent}/%2567ateway.db?uri=true"
-
-
-def from_its_folder(file: Path, away: Path) -> str:
-    return file.name
-
-
-@pytest.mark.parametrize("spelt", [by_link, by_folder, by_uri, by_encoded_uri, from_its_folder])
+@pytest.mark.parametrize(
+    "spelt",
+    [
+        "{away}/linked.db",
+        "{away}/folder/gateway.db",
+        "file://{file}?uri=true",
+        "file:{file.parent}/%2567ateway.db?uri=true",
+        "gateway.db",
+    ],
+)
 async def test_a_sqlite_file_has_one_lock_however_it_is_named(
-    spelt: Callable[[Path, Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spelt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes that name it by two ways are one after the other, also where one has changed its folder since."""
     file, away = tmp_path / "data" / "gateway.db", tmp_path / "away"
     for folder in (file.parent, away):
         folder.mkdir()
+    (away / "linked.db").symlink_to(file)
+    (away / "folder").symlink_to(file.parent, target_is_directory=True)
     monkeypatch.chdir(file.parent)
-    opened = (GatewayStore(f"sqlite:///{name}", redis_url="") for name in (file, spelt(file, away)))
+    names = (file, spelt.format(file=file, away=away))
+    opened = (GatewayStore(f"sqlite:///{name}", redis_url="") for name in names)
     async with next(opened) as store, next(opened) as other:
         monkeypatch.chdir(away)
         first, second = (
@@ -114,50 +100,22 @@ async def test_a_migration_by_a_link_waits_for_one_of_the_file(tmp_path: Path, m
     await engine.dispose()
 
 
-@pytest.mark.parametrize(
-    ("code", "refusal"),
-    [
-        *((code, 0) for code in (sqlite3.SQLITE_IOERR_LOCK, sqlite3.SQLITE_PERM)),
-        *((sqlite3.SQLITE_BUSY, number) for number in (errno.ENOLCK, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)),
-    ],
-)
-async def test_a_folder_that_answers_each_lock_with_an_error_is_used_with_a_warning(
-    code: int, refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_folder_that_answers_each_lock_with_an_error_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on some network file systems. SQLite takes some errors for the lock of another process, as those of NFS
-    without its lock service."""
+    """As on some network file systems."""
 
     class Refusing(sqlite3.Connection):
         def execute(self, *arguments: object) -> sqlite3.Cursor:
-            error = sqlite3.OperationalError("database is locked" if refusal else "disk I/O error")
-            error.sqlite_errorcode = code
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_LOCK
             raise error
-
-    def refuse(*arguments: object) -> None:
-        raise OSError(refusal, os.strerror(refusal))
 
     connect = sqlite3.connect
     monkeypatch.setattr(exclusive.sqlite3, "connect", lambda *a, **options: connect(*a, factory=Refusing, **options))
-    if refusal:
-        monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", refuse)
-    with caplog.at_level(logging.WARNING):
+    with pytest.raises(StoreUnavailableError, match="on a file system that has locks"):
         async with folder_lock(tmp_path, wait_s=0, busy="Another process works there"):
             pass
-    assert "let one process at a time work there" + f": [Errno {refusal}]" * bool(refusal) in caplog.text
-    assert [each.name for each in tmp_path.iterdir()] == [".lock"]
-
-
-async def test_looking_for_locks_lets_go_of_none(tmp_path: Path) -> None:
-    """A file that is opened and closed loses the locks that the process has on it."""
-    async with folder_lock(tmp_path, wait_s=0, busy=""):
-        with pytest.raises(StoreUnavailableError, match="Another process works there"):
-            async with folder_lock(tmp_path, wait_s=0, busy="Another process works there"):
-                pass
-        script = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN EXCLUSIVE')"
-        other = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", script, str(tmp_path / ".lock")), stderr=asyncio.subprocess.PIPE
-        )
-        assert b"database is locked" in (await other.communicate())[1]
 
 
 @pytest.mark.parametrize("content", ["12345\n", "somebody's notes\n" * 100])

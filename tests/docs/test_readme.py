@@ -151,7 +151,7 @@ def test_commands_errors_and_hooks_are_documented() -> None:
     tree = re.search(r"^```text\n((?:.*\n)*?)```$", reference("errors"), re.MULTILINE)
     assert tree is not None
     assert inspect.cleandoc(tree[1]) in inspect.cleandoc((errors.__doc__ or "").replace("\n    ", "\n"))
-    for name in errors.__all__:
+    for name in (name for name in vars(errors) if name.endswith("Error") and not name.startswith("_")):
         assert name == "GatewayStoreError" or f"| `{name}`" in reference("errors"), name
     for name, function in inspect.getmembers(specs, inspect.isfunction):
         if hasattr(function, f"{PROJECT}_spec"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -75,15 +74,14 @@ class Changes:
                 return await in_transaction(connection)
             values = {**ref.values, **vote.values, "p_allow_self": allow_self, "p_ttl_s": use_s}
             pubsub = self.waiting.pubsub
-            with nullcontext() if pubsub is None else pubsub.muting():
-                decided = await decide_at_once(
-                    connection,
-                    vote.decision,
-                    ref.by,
-                    values,
-                    outbox=self.outbox,
-                    publishes=pubsub is not None and pubsub.notifies,
-                )
+            decided = await decide_at_once(
+                connection,
+                vote.decision,
+                ref.by,
+                values,
+                outbox=self.outbox,
+                publishes=pubsub is not None and pubsub.notifies,
+            )
             if decided is not None:
                 return decided
             async with connection.transaction():

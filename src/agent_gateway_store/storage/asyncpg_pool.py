@@ -184,7 +184,7 @@ def _end(driver: asyncpg.Connection, use: asyncio.Timeout) -> None:
 
 
 def idle_connections(engine: AsyncEngine) -> WeakSet[asyncpg.Connection]:
-    """Return the connections that are idle in the engine's pool: a set that is kept up to date from now on."""
+    """Return the set of connections that are idle in the engine's pool, from now on."""
     idle: WeakSet[asyncpg.Connection] = WeakSet()
 
     @event.listens_for(engine.sync_engine, "checkin")

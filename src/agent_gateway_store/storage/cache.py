@@ -40,12 +40,7 @@ _SENTINEL = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:@]+)(?::([0-9]{1,5}))?")
 
 
 def require_redis(client: object) -> None:
-    """Return if the store can use `client`.
-
-    Raises:
-        TypeError: It is a Sentinel, which is not yet a client.
-        ValueError: It is the client of a cluster.
-    """
+    """Raise TypeError for a Sentinel, which is not yet a client, and ValueError for the client of a cluster."""
     if isinstance(client, RedisCluster):
         raise ValueError(NO_CLUSTER)
     if isinstance(client, Sentinel):
@@ -152,11 +147,7 @@ async def get_redis() -> AsyncIterator[RedisClient | None]:
 
 
 def milliseconds(ttl: float | timedelta) -> int:
-    """Return a TTL (seconds or timedelta) in whole milliseconds, at least 1.
-
-    Raises:
-        ValueError: It is not above zero. An entry without an end would outlive the row that it copies.
-    """
+    """Return a TTL in milliseconds; raise ValueError for 0, as such an entry would outlive the row that it copies."""
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else float(ttl)
     if not 0 < seconds < float("inf"):
         raise ValueError("ttl must be above zero seconds: every cached entry has an end.")

@@ -52,8 +52,7 @@ class Connector:
     """Connects an engine with asyncpg; for `connect_args` under the name `async_creator_fn`.
 
     Of several servers the one that was connected last is tried first, and each has its share of the time: a server that
-    hangs does not keep the others from being tried. One whose pooler let us in, and has no connection to it that is
-    free, is asked again for as long as time is left.
+    hangs does not keep the others from being tried.
     """
 
     def __init__(self) -> None:
@@ -75,31 +74,21 @@ class Connector:
     async def _connect(self, host: Any = None, port: Any = None, **arguments: Any) -> asyncpg.Connection:
         if not isinstance(host, list) or arguments.get("target_session_attrs") == "prefer-standby":
             return await _connect_one(host=host, port=port, **arguments)
-        now, deadline = asyncio.get_running_loop().time, None
         if (timeout_s := arguments.pop("timeout", None)) is not None:
-            deadline = now() + timeout_s
             timeout_s /= len(host)
-        failures: dict[int, BaseException] = {}
-        indexes = [(self._last + step) % len(host) for step in range(len(host))]
-        while indexes:
-            index = indexes.pop(0)
+        failures: list[BaseException] = []
+        for step in range(len(host)):
+            index = (self._last + step) % len(host)
             try:
                 connection = await _connect_one(host=host[index], port=port[index], timeout=timeout_s, **arguments)
             except _TRY_NEXT as exc:
-                failures[index] = exc
+                failures.append(exc)
             else:
                 self._last = index
                 return connection
-            if not indexes and deadline is not None and (timeout_s := deadline - now()) > 0:
-                # One whose pool is busy may be the right one, and has the time that the others left.
-                indexes = [each for each, failure in failures.items() if isinstance(failure, _NoAnswerError)][:1]
-        # What a server said, or failed to say, says more than that another one is away.
-        telling = (_NoAnswerError, asyncpg.TargetServerAttributeNotMatched, BaseException)
-        raise next(each for kind in telling for each in reversed(failures.values()) if isinstance(each, kind))
-
-
-class _NoAnswerError(TimeoutError):
-    """The server, or a pooler before it, let us in, and did not say in time what it is."""
+        # One that did not answer in time may be the right one, and what a server said tells more than one that is away.
+        telling = (TimeoutError, asyncpg.TargetServerAttributeNotMatched, BaseException)
+        raise next(each for kind in telling for each in reversed(failures) if isinstance(each, kind))
 
 
 async def _connect_one(*, ask_for: str | None = None, timeout: float | None = None, **arguments: Any) -> Any:
@@ -115,9 +104,6 @@ async def _connect_one(*, ask_for: str | None = None, timeout: float | None = No
                 await connection.execute("COMMIT")
             if state[ask_for]:
                 raise asyncpg.TargetServerAttributeNotMatched(f"The server is not {ask_for}.")
-        except TimeoutError as exc:
-            connection.terminate()
-            raise _NoAnswerError("The server did not say in time what it is.") from exc
         except BaseException:
             connection.terminate()
             raise

@@ -24,12 +24,7 @@ _CLOCKS = {
 
 
 def clock_sql(dialect: str, *, plus: str | None = None) -> str:
-    """Return what `db_now` means in SQL text.
-
-    Args:
-        dialect: `sqlite` or `postgresql`.
-        plus: SQL of the seconds to add.
-    """
+    """Return what `db_now` means in SQL text, with the SQL of the seconds to add."""
     return _CLOCKS[dialect].format(seconds=f":{CLOCK_OFFSET}" if plus is None else f":{CLOCK_OFFSET} + {plus}")
 
 
@@ -46,13 +41,7 @@ def _now(element: _DbNow, compiler: Any, **kw: Any) -> str:
 
 
 def db_now(*, plus: timedelta | None = None) -> ColumnElement[datetime]:
-    """Return the database's clock as an SQL expression, moved by the offset that `clock` has when the statement runs.
-
-    `clock_timestamp()` on PostgreSQL, time in milliseconds on SQLite. Deadlines are set and judged by it alone.
-
-    Args:
-        plus: What to add.
-    """
+    """Return the database's clock in SQL, moved by `plus` and by the offset of `clock` when the statement runs."""
     # A callable, not a value: SQLAlchemy caches the statement, and the offset of the first call with it.
     seconds: ColumnElement[float] = bindparam(
         CLOCK_OFFSET, callable_=lambda: clock.offset().total_seconds(), type_=Float(53)

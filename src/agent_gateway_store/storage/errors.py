@@ -170,11 +170,6 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
         engine: Translate only what is raised through this engine, and is not the fault of a statement or of its values:
             the body is the application's.
 
-    Raises:
-        TransactionConflictError: The database ended the transaction in favour of another one.
-        StoreUnavailableError: The database is away, refuses us, or does not answer in time.
-        SchemaOutOfDateError: A table or column is missing.
-        SessionInUseError: Several tasks used one session or connection at once.
     """
     try:
         yield
@@ -199,12 +194,7 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
 
 @contextmanager
 def readable_rows(row: str, step: str) -> Iterator[None]:
-    """Turn what is raised over a row that was written past the store into UnreadableRowError.
-
-    Args:
-        row: Which, as it begins the sentence.
-        step: What to do, as it ends the sentence.
-    """
+    """Raise UnreadableRowError, a sentence of `row` and `step`, over a row that was written past the store."""
     try:
         yield
     except GatewayStoreError:

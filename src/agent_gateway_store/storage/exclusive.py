@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import sqlite3
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from errno import ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP, EPERM
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, TypeAlias
 
 from sqlalchemy import text
@@ -25,8 +21,6 @@ from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
 from agent_gateway_store.storage.files import FILE_MODE, create_database_file, create_file, is_of_another_user
 from agent_gateway_store.storage.urls import real_sqlite_file
 
-_logger = logging.getLogger("agent_gateway_store.storage")
-
 FOLDER_LOCK = ".lock"
 """The file by which a folder is locked: readers of data sets pass over names that begin with a dot."""
 
@@ -34,8 +28,6 @@ POLL_S = 0.01
 """Seconds between two tries to lock a file. Chosen: a person notices no such wait."""
 # PostgreSQL's lock_not_available: lock_timeout ended the wait.
 _NOT_AVAILABLE = "55P03"
-# What a file system without locks says: NFS without its lock service, or FUSE.
-_NO_LOCKS = frozenset({ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP, EPERM})
 # Idle while others work: the server's limits are meant for other transactions.
 _LIMITS = """
 SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{wait_ms}ms' ELSE '0' END, true) FROM pg_settings
@@ -103,26 +95,20 @@ class ExclusiveLock:
     async def _advisory(self) -> AsyncIterator[StillHeld]:
         with translate_errors("be locked against other processes"):
             async with detached(self._database.engine) as connection:
-                await self._take(connection)
+                # The shortest limit is a millisecond; 0 would be none.
+                wait_ms = max(1, round(self._wait_s * 1000))
+                await connection.execute(text(_LIMITS.format(wait_ms=wait_ms)))
+                try:
+                    await connection.execute(text(f"SELECT pg_advisory_xact_lock({self._key})"))
+                except DBAPIError as exc:
+                    if sqlstate_of(exc) == _NOT_AVAILABLE:
+                        raise StoreUnavailableError(f"{self._busy}: try again.") from exc
+                    raise
 
                 async def still_held() -> None:
                     await connection.execute(text("SELECT 1"))
 
                 yield still_held
-
-    async def _take(self, connection: AsyncConnection) -> None:
-        await connection.execute(text(_LIMITS.format(wait_ms=round(self._wait_s * 1000))))
-        if self._wait_s == 0:
-            taken = (await connection.execute(text(f"SELECT pg_try_advisory_xact_lock({self._key})"))).scalar()
-            if not taken:
-                raise StoreUnavailableError(f"{self._busy}: try again.")
-            return
-        try:
-            await connection.execute(text(f"SELECT pg_advisory_xact_lock({self._key})"))
-        except DBAPIError as exc:
-            if sqlstate_of(exc) == _NOT_AVAILABLE:
-                raise StoreUnavailableError(f"{self._busy}: try again.") from exc
-            raise
 
     @asynccontextmanager
     async def _file(self) -> AsyncIterator[StillHeld]:
@@ -145,55 +131,36 @@ async def sqlite_lock(url: URL, suffix: str, *, wait_s: float, busy: str) -> Asy
 
 
 @asynccontextmanager
-async def file_lock(path: Path, *, wait_s: float, busy: str, is_needed: bool = True) -> AsyncIterator[None]:
+async def file_lock(path: Path, *, wait_s: float, busy: str) -> AsyncIterator[None]:
     """Hold the lock of a file, which is made. A process that is frozen keeps it, and one that ends loses it.
-
-    Args:
-        path: The file, which nothing else opens.
-        wait_s: As of `ExclusiveLock`, like `busy`.
-        is_needed: False goes on, with a warning, where the file system has no locks.
 
     Raises:
         StoreUnavailableError: Another process has it, or it cannot be locked.
     """
     create_database_file(path)
-    lock = None
-    # SQLite takes such an answer for the lock of another process.
-    refusal: Exception | None = None if is_needed else _refusal_of_locks(path.parent)
     try:
-        if refusal is None:
-            lock = await _locked(path, wait_s)
+        lock = await _locked(path, wait_s)
     except sqlite3.OperationalError as exc:
-        if _has(exc, sqlite3.SQLITE_BUSY):
-            raise StoreUnavailableError(f"{busy}: wait for it or end it, then try again.") from exc
-        if is_needed or not (_has(exc, sqlite3.SQLITE_IOERR) or _has(exc, sqlite3.SQLITE_PERM)):
-            if is_of_another_user(path):
-                what = f"{path} belongs to another user: work as that one, or let this one write it."
-            else:
-                what = f"{path} cannot be locked: check that its folder exists and can be written."
-            raise StoreUnavailableError(what) from exc
-        refusal = exc
+        if _is_busy(exc):
+            what = f"{busy}: wait for it or end it, then try again."
+        elif is_of_another_user(path):
+            what = f"{path} belongs to another user: work as that one, or let this one write it."
+        else:
+            what = f"{path} cannot be locked: check that its folder can be written, on a file system that has locks."
+        raise StoreUnavailableError(what) from exc
     except sqlite3.DatabaseError as exc:
         raise StoreUnavailableError(
             f"{path} cannot be locked, for it is a file of something else: remove it, or choose another folder."
         ) from exc
-    if refusal is not None:
-        _logger.warning("%s cannot be locked, so let one process at a time work there: %s.", path, refusal)
     try:
         yield
     finally:
-        if lock is not None:
-            lock.close()
+        lock.close()
 
 
 @asynccontextmanager
 async def folder_lock(folder: Path, *, wait_s: float, busy: str, mode: int = FILE_MODE) -> AsyncIterator[None]:
-    """Hold the lock of a folder that is there, by a file in it; where its file system has no locks, only warn.
-
-    Args:
-        folder: Which.
-        wait_s: As of `ExclusiveLock`, like `busy`.
-        mode: Of the file where it is made, less the umask: a user that may not write it cannot take the lock.
+    """Hold the lock of a folder that is there, by a file in it, which only who may write it can lock.
 
     Raises:
         OSError: The folder cannot be written.
@@ -202,23 +169,8 @@ async def folder_lock(folder: Path, *, wait_s: float, busy: str, mode: int = FIL
     path = folder / FOLDER_LOCK
     with suppress(FileExistsError):
         create_file(path, mode)
-    async with file_lock(path, wait_s=wait_s, busy=busy, is_needed=False):
+    async with file_lock(path, wait_s=wait_s, busy=busy):
         yield
-
-
-def _refusal_of_locks(folder: Path) -> OSError | None:
-    """Return what the file system of a folder answers where it has no locks; None where it has some, or on Windows."""
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    with suppress(OSError), TemporaryFile(dir=folder, prefix=f"{FOLDER_LOCK}-") as file:
-        # Of a new file: closing the one that SQLite locks would end the lock.
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            return exc if exc.errno in _NO_LOCKS else None
-    return None
 
 
 async def _locked(path: Path, wait_s: float) -> sqlite3.Connection:
@@ -230,7 +182,7 @@ async def _locked(path: Path, wait_s: float) -> sqlite3.Connection:
             try:
                 lock.execute("BEGIN EXCLUSIVE")
             except sqlite3.OperationalError as exc:
-                if not _has(exc, sqlite3.SQLITE_BUSY) or asyncio.get_running_loop().time() >= deadline:
+                if not _is_busy(exc) or asyncio.get_running_loop().time() >= deadline:
                     raise
                 await asyncio.sleep(POLL_S)
             else:
@@ -240,6 +192,6 @@ async def _locked(path: Path, wait_s: float) -> sqlite3.Connection:
         raise
 
 
-def _has(exc: sqlite3.OperationalError, code: int) -> bool:
-    # The upper bits of an extended code say more, as in SQLITE_IOERR_LOCK.
-    return exc.sqlite_errorcode & 0xFF == code
+def _is_busy(exc: sqlite3.OperationalError) -> bool:
+    # The upper bits of an extended code say more.
+    return exc.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY

@@ -66,18 +66,13 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported.
+    """What is exported."""
 
-    Attributes:
-        statement: Its rows hold `columns`: JSON and ids as text, and no time beyond what Python can hold.
-        values: Its parameters.
-        columns: Names and kinds.
-        day: The column whose UTC day names the folders of a dataset.
-    """
-
+    # Its rows hold `columns`: JSON and ids as text, and no time beyond what Python can hold.
     statement: Statement
     values: Mapping[str, Any]
     columns: tuple[Column, ...]
+    # The column whose UTC day names the folders of a dataset.
     day: str
 
 
@@ -240,12 +235,7 @@ def _split(found: re.Match[str]) -> str:
 
 
 class ParquetFiles:
-    """Writes tables whose rows are in the order of time: to one file, or to `day=2026-05-01/part-0.parquet` and so on.
-
-    Attributes:
-        files: How many files were written.
-        rows: How many rows were taken.
-    """
+    """Writes tables, ordered by time, to a file or to `day=2026-05-01/part-0.parquet` and so on; counts both."""
 
     def __init__(
         self, path: Path, columns: tuple[Column, ...], *, compression: Compression | None, day: str | None

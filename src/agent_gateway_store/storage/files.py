@@ -27,21 +27,13 @@ PUBLIC_FILE_MODE = 0o666
 
 
 def create_file(path: Path, mode: int = FILE_MODE) -> None:
-    """Create an empty file for its owner alone, or with another mode, of which the umask takes away.
-
-    Raises:
-        FileExistsError: It is there already.
-        OSError: Its folder is not there, or cannot be written.
-    """
+    """Create an empty file for its owner alone, or with another mode, of which the umask takes away."""
     # Exclusive: closing a file that SQLite has open in this process would end the locks on it.
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
 
 
 def create_database_file(path: Path) -> None:
-    """Create the file of a SQLite database unless it is there; SQLite's own files beside it get its mode.
-
-    Where that is not possible SQLite says what is wrong.
-    """
+    """Create the file of a SQLite database, whose mode those beside it get; SQLite says what is wrong with it."""
     with suppress(OSError):
         create_file(path)
 
@@ -71,11 +63,7 @@ def has_log_of_another(path: Path) -> bool:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a file for reading, where others may have put something else: a pipe never answers, a device never ends.
-
-    Raises:
-        OSError: It cannot be read, or is not a regular file.
-    """
+    """Open a file for reading; OSError for anything else, as a pipe, which never answers, or a device without end."""
     # Without O_NONBLOCK, to open a pipe waits for who writes to it. Judged once it is open, so that nobody swaps it.
     file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     if stat.S_ISREG(os.fstat(file).st_mode):
@@ -85,13 +73,9 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def check_place(path: Path, beside_it: Iterable[str]) -> None:
-    """Raise what is wrong with the place of a SQLite file, and of those beside it, that is to be written or made.
+    """Raise what is wrong with the place of a SQLite file that is to be written or made; folders may be missing.
 
-    Folders may be missing. Nothing is left behind.
-
-    Args:
-        path: Of the file.
-        beside_it: What is added to its name for each other one.
+    `beside_it` holds what is added to its name for each other file.
     """
     if not path.is_absolute():
         raise FileNotFoundError(ENOENT, "this user has no home folder")
@@ -169,13 +153,7 @@ _NAME_BYTES = 200
 def format_of(
     path: Path, given: str | None, compression: str | None, *, default: Format | None = None
 ) -> tuple[Format, Compression | None]:
-    """Return the format and compression that the arguments or else the suffixes of `path` name.
-
-    With neither, it is `default`.
-
-    Raises:
-        ValueError: Neither names one, or the format or compression does not exist.
-    """
+    """Return the format and compression that the arguments, else the suffixes of `path`, name; else `default`."""
     packed = COMPRESSIONS.get(path.suffix.lower())
     if compression is not None and compression not in COMPRESSIONS.values():
         raise ValueError(f'compression must be "gzip" or "zstd", not {compression!r}.')
@@ -195,11 +173,7 @@ def format_of(
 def export_format(
     path: Path, given: str | None, compression: str | None, *, partition_by: str | None, raw: bool
 ) -> tuple[Format, Compression | None]:
-    """Return the format and compression of an export, after a check that its other arguments fit.
-
-    Raises:
-        ValueError: See `format_of`; or the arguments do not fit together.
-    """
+    """Return the format and compression of an export; raise ValueError where its arguments do not fit together."""
     if partition_by not in (None, "day"):
         raise ValueError(f'partition_by must be "day" or None, not {partition_by!r}.')
     by_day = partition_by == "day"
@@ -315,11 +289,7 @@ def _exists(path: Path) -> FileExistsError:
 
 @contextmanager
 def opened(path: Path, compression: Compression | None) -> Iterator[Callable[[bytes], object]]:
-    """Open a new file, for its owner alone, and yield the function that writes to it.
-
-    Raises:
-        MissingExtraError: zstd, and pyarrow is not installed.
-    """
+    """Open a new file, for its owner alone, and yield the function that writes to it."""
     pa = arrow("Compressing by zstd") if compression == "zstd" else None
     create_file(path)
     if pa is not None:

@@ -38,16 +38,13 @@ _PERIOD = re.compile(rf"\s*(\d{{1,{_PERIOD_DIGITS}}})\s*([smhdw])\s*", re.ASCII)
 
 @dataclass(frozen=True)
 class Criteria:
-    """Checked filters.
+    """Checked filters."""
 
-    Attributes:
-        shape: The filters in use, which determine the SELECT.
-        values: Its parameters: `p_<filter>`, and `p_bound`, the organisation that the store is bound to.
-        scope: Binds a cursor to the listing, these filters and the organisation.
-    """
-
+    # The filters in use, which determine the SELECT.
     shape: Shape
+    # Its parameters: `p_<filter>`, and `p_bound`, the organisation that the store is bound to.
     values: Mapping[str, Any]
+    # Binds a cursor to the listing, these filters and the organisation.
     scope: bytes
 
 
@@ -59,17 +56,12 @@ def check_filters(
     listing: str,
     now: datetime | None = None,
 ) -> Criteria:
-    """Check filters.
+    """Check filters, of which None does not narrow; raise TypeError for an unknown one, and whatever `checks` raise.
 
     Args:
-        filters: As the caller gave them; None does not narrow.
-        checks: What returns the checked value of each filter.
         org_id: The organisation that the store is bound to; it narrows in addition to every filter.
         listing: Name of the listing to which its cursors belong.
         now: What periods count back from; by default this process's now.
-
-    Raises:
-        TypeError: There is no such filter. Also whatever the checks raise.
     """
     shape: list[tuple[str, bool]] = []
     values: dict[str, Any] = {}
@@ -98,12 +90,7 @@ def require_all(org_id: str | None) -> None:
 
 
 def instant(name: str, given: Any, *, now: datetime | None = None) -> datetime:
-    """Return the time that a caller means, in UTC; a period counts back from `now`, by default from this process's now.
-
-    Raises:
-        TypeError: `given` is neither a datetime, nor a timedelta, nor text.
-        ValueError: The text is not a time.
-    """
+    """Return the time that a caller means, in UTC; a period counts back from `now`, by default this process's."""
     if isinstance(given, datetime):
         return as_utc(given)
     if isinstance(given, str) and not _PERIOD.fullmatch(given.lower()):
@@ -125,12 +112,7 @@ def instant(name: str, given: Any, *, now: datetime | None = None) -> datetime:
 
 
 def duration(name: str, given: Any) -> timedelta:
-    """Return a length of time: a timedelta, or text such as "90s", "15m", "24h", "7d", "2w".
-
-    Raises:
-        TypeError: `given` is neither.
-        ValueError: The text is not a period.
-    """
+    """Return a length of time: a timedelta, or text such as "90s", "15m", "24h", "7d", "2w"."""
     if isinstance(given, timedelta):
         return given
     if not isinstance(given, str):
@@ -213,12 +195,12 @@ def searched_text(name: str, given: Any) -> str:
 
 
 def pattern(name: str, given: Any) -> str:
-    """Return the LIKE pattern that finds a text anywhere, escaped by a backslash; errors as of `searched_text`."""
+    """Return the LIKE pattern that finds a text anywhere; errors as of `searched_text`."""
     return like(searched_text(name, given))
 
 
 def like(text: str) -> str:
-    """Return the LIKE pattern of a checked text."""
+    """Return the LIKE pattern of a checked text, escaped by a backslash."""
     for special in ("\\", "%", "_"):
         text = text.replace(special, f"\\{special}")
     return f"%{text}%"

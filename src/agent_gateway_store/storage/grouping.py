@@ -43,12 +43,7 @@ _DAY, _SECOND = timedelta(days=1), timedelta(seconds=1)
 
 
 def zone_of(name: str | None) -> ZoneInfo | None:
-    """Return the time zone of a name such as "Europe/Berlin"; None: UTC, without a zone.
-
-    Raises:
-        TypeError: It is not text.
-        ValueError: There is no such zone on this machine.
-    """
+    """Return the time zone of a name such as "Europe/Berlin"; None: UTC. ValueError: this machine has no such zone."""
     if name is None:
         return None
     if not isinstance(name, str):
@@ -119,13 +114,7 @@ class Metrics:
 
 
 class Grouping(NamedTuple):
-    """A checked grouping.
-
-    Attributes:
-        by: Columns, and words of `TIMES`.
-        bucket: Length of the buckets of time.
-        zone: Whose hours and days are meant.
-    """
+    """A checked grouping: columns and words of `TIMES`, the length of buckets, and whose hours and days are meant."""
 
     by: tuple[str, ...]
     bucket: timedelta | None
@@ -156,12 +145,7 @@ def grouping(
     time_zone: str | None,
     groups: Sequence[str],
 ) -> Grouping:
-    """Check what rows are to be grouped by; `groups` names the columns that they have.
-
-    Raises:
-        TypeError: `by` is neither text nor several of them, or a value has the wrong type.
-        ValueError: There is no such column or zone, or one is named twice, or the bucket is out of range.
-    """
+    """Check what rows are to be grouped by, with TypeError and ValueError; `groups` names their columns."""
     names = () if by is None else (by,) if isinstance(by, str) else tuple(by)
     for name in names:
         if name not in (*groups, *TIMES):
@@ -185,13 +169,7 @@ def aggregate(
 ) -> Select[Any]:
     """Return the SELECT of the groups: their columns, the bucket if there is one, counts, percentiles.
 
-    Args:
-        dialect: postgresql or sqlite.
-        base: The rows, with `at`, `g_<name>` for each column of `by`, and what `metrics` names.
-        by: What to group by.
-        zone: Its offsets.
-        metrics: What to count.
-        in_buckets: Whether to group by time, too.
+    `base` has the rows, with `at`, `g_<name>` for each column of `by`, and what `metrics` names.
     """
     times = [_time_of(dialect, base.c.at, name, zone).label(f"g_{name}") for name in by if name in TIMES]
     if in_buckets:

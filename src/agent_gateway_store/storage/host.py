@@ -19,15 +19,9 @@ READ_ONLY = "agent_gateway_store_read_only"
 # By dialect: the driver, and the isolation level for which our transactions are written.
 _DRIVERS = {"postgresql": ("asyncpg", "READ COMMITTED"), "sqlite": ("aiosqlite", "SERIALIZABLE")}
 # The options that change neither what a statement does nor where. Statements on the driver itself see no option at all.
-_HARMLESS = frozenset(
-    {
-        "compiled_cache",
-        "insertmanyvalues_page_size",
-        "isolation_level",
-        "logging_token",
-        "preserve_rowcount",
-        READ_ONLY,
-    }
+_HARMLESS = (
+    *("compiled_cache", "insertmanyvalues_page_size", "isolation_level", "logging_token", "preserve_rowcount"),
+    READ_ONLY,
 )
 # Some statements are sent as text, in which no schema is translated; and `execute` of an async connection takes no
 # server-side cursor.
@@ -36,12 +30,7 @@ _IN_USE = "agent_gateway_store_in_use"
 
 
 def require_engine(engine: object) -> None:
-    """Return if the store can do all its work on `engine`.
-
-    Raises:
-        TypeError: It is not an AsyncEngine.
-        ValueError: Its driver, its pool, its isolation level or an execution option does not fit.
-    """
+    """Raise TypeError or ValueError, which says what to give in its place, unless the store can work on `engine`."""
     if not isinstance(engine, AsyncEngine):
         raise TypeError(f"engine must be an AsyncEngine (see create_async_engine), not {type(engine).__name__}.")
     bind = engine.sync_engine
@@ -63,16 +52,12 @@ def require_engine(engine: object) -> None:
 
 
 def require_session(session: object, model: type, *, atomic: bool) -> None:
-    """Return if the store can work in `session`, as far as can be known before it is connected.
+    """Raise as `require_engine` does for a session, as far as can be known before it is connected.
 
     Args:
         session: What the host handed in.
         model: The table whose rows are read or written: a session may be bound to several engines.
         atomic: Whether statements must commit together, or not at all.
-
-    Raises:
-        TypeError: It is not an AsyncSession.
-        ValueError: Its engine, its isolation level or an execution option does not fit.
     """
     if not isinstance(session, AsyncSession):
         raise TypeError(f"session must be an AsyncSession of SQLAlchemy, not {type(session).__name__}.")
@@ -87,11 +72,7 @@ def require_session(session: object, model: type, *, atomic: bool) -> None:
 
 @contextmanager
 def sole_use(session: AsyncSession) -> Iterator[None]:
-    """Keep the other tasks of the store's from `session` meanwhile.
-
-    Raises:
-        SessionInUseError: One uses it at this moment.
-    """
+    """Use `session` alone; raise SessionInUseError where another task of the store's uses it."""
     if session.info.get(_IN_USE):
         raise SessionInUseError
     session.info[_IN_USE] = True
@@ -104,14 +85,7 @@ def sole_use(session: AsyncSession) -> Iterator[None]:
 async def session_connection(session: AsyncSession, model: type, *, writing: bool, atomic: bool) -> AsyncConnection:
     """Return the connection of the session's transaction, which begins if none is open.
 
-    Args:
-        session: A session that `require_session` let through.
-        model: As of `require_session`.
-        writing: Whether rows are written: a session may read from another server.
-        atomic: As of `require_session`.
-
-    Raises:
-        ValueError: As of `require_session`, for what is known only now.
+    Arguments and errors are as of `require_session`; a session may read from another server than it writes to.
     """
     clause = insert(model) if writing else select(model)
     connection = await session.connection(bind_arguments={"mapper": model, "clause": clause})
@@ -122,11 +96,7 @@ async def session_connection(session: AsyncSession, model: type, *, writing: boo
 
 
 async def require_transaction(connection: AsyncConnection) -> None:
-    """Return if what is executed on `connection` is not committed by itself.
-
-    Raises:
-        ValueError: The driver commits each statement, by whatever way it was set to do so.
-    """
+    """Raise ValueError if the driver commits each statement by itself, in whatever way it was set to do so."""
     raw = await connection.get_raw_connection()
     driver: Any = raw.driver_connection
     if connection.dialect.name == "sqlite":

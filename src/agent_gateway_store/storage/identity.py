@@ -25,11 +25,7 @@ _RESTORED = Statement(IDENTITY.where(identity_table.c.history_id.is_not(None)))
 
 
 async def read_identity(engine: AsyncEngine, *, reads: bool = False) -> str:
-    """Return the identity of the database that answers.
-
-    Args:
-        engine: Of this database.
-        reads: It is that of DATABASE_READ_URL.
+    """Return the identity of the database that answers; `reads`: it is that of DATABASE_READ_URL.
 
     Raises:
         SchemaOutOfDateError: See `known`; or the table is missing.
@@ -50,11 +46,7 @@ async def is_standby(engine: AsyncEngine) -> bool:
 
 
 async def check_replica(database: Database, identity: str) -> None:
-    """Write to the log if the server of DATABASE_READ_URL is away, or no replica any more.
-
-    Raises:
-        InvalidUrlError: It leads to a database of another identity.
-    """
+    """Log it if the server of DATABASE_READ_URL is away or no replica; raise InvalidUrlError if it is another's."""
     if (replica := database.replica) is database:
         return
     try:
@@ -67,11 +59,7 @@ async def check_replica(database: Database, identity: str) -> None:
 
 
 def known(identity: str | None) -> str:
-    """Return `identity`.
-
-    Raises:
-        SchemaOutOfDateError: It is None: somebody has deleted the row.
-    """
+    """Return `identity`; raise SchemaOutOfDateError if it is None, because somebody has deleted the row."""
     if identity is None:
         raise SchemaOutOfDateError(
             "The database has lost its identity: run `gateway-store db restored --by NAME`, which gives it a new one."

@@ -52,11 +52,7 @@ _logger = logging.getLogger("agent_gateway_store.storage")
 
 
 def migrations_path() -> Path:
-    """Return the folder of the scripts: inside an installed wheel, else beside `src` in a checkout.
-
-    Raises:
-        SchemaOutOfDateError: Neither is there.
-    """
+    """Return the folder of the scripts: inside an installed wheel, else beside `src` in a checkout."""
     package = Path(str(files("agent_gateway_store")))
     for folder in (package / "migrations", package.parent.parent / "migrations"):
         if (folder / "env.py").is_file():
@@ -144,11 +140,7 @@ async def check_server(engine: AsyncEngine) -> None:
 
 
 async def require_current(engine: AsyncEngine) -> None:
-    """Raise SchemaOutOfDateError, with the step to take, unless the database is at `head()`.
-
-    Raises:
-        UnsupportedDatabaseError: See `check_server`.
-    """
+    """Raise SchemaOutOfDateError, with the step to take, unless the database is at `head()`."""
     await check_server(engine)
     if (found := await current(engine)) != head():
         raise out_of_date(found)

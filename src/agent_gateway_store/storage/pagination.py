@@ -29,19 +29,13 @@ _LONGEST = 65_536
 
 
 def listing_fingerprint(listing: str, org_id: str | None, filters: Any) -> bytes:
-    """Return what binds a cursor to its listing.
-
-    Args:
-        listing: Its name.
-        org_id: The organisation that the store is bound to.
-        filters: A JSON value; other objects enter as their text.
-    """
+    """Return what binds a cursor to its listing, which a name, an organisation and filters make."""
     text = json.dumps([listing, org_id, filters], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).digest()[:_SCOPE_BYTES]
 
 
 def encode_cursor(scope: bytes, at: datetime, row_id: int, restored: str | None) -> str:
-    """Return the cursor that continues after the row with this time and id; `restored` as for `encode_place`."""
+    """Return the cursor that continues after the row with this time and id."""
     return encode_place(scope, _POSITION.pack((at - _FIRST) // _TICK, row_id), restored)
 
 
@@ -58,22 +52,12 @@ def decode_cursor(scope: bytes, cursor: str, restored: str | None) -> tuple[date
 
 
 def encode_place(scope: bytes, place: bytes, restored: str | None) -> str:
-    """Return the cursor that holds `place`.
-
-    Args:
-        scope: See `listing_fingerprint`.
-        place: Where the page ended; as long for each page of the listing.
-        restored: The identity of the database since `db restored`; None: it never ran.
-    """
+    """Return the cursor that holds `place`, of equal length for each page; `restored` as of `restored_identity`."""
     return encode(scope, place + _mark(restored))
 
 
 def decode_place(scope: bytes, cursor: str, size: int, restored: str | None) -> bytes:
-    """Return the place in `cursor`, of `size` bytes; `restored` as for `encode_place`.
-
-    Raises:
-        InvalidCursorError: It did not come from this listing, or it is from before the database was restored.
-    """
+    """Return the place in `cursor`; raise InvalidCursorError if it is of another listing, or from before a restore."""
     payload = decode(scope, cursor)
     place, mark = payload[:size], payload[size:]
     if len(place) < size or len(mark) not in (0, _SCOPE_BYTES):
@@ -96,11 +80,7 @@ def encode(scope: bytes, payload: bytes) -> str:
 
 
 def decode(scope: bytes, cursor: str) -> bytes:
-    """Return the payload of `cursor`.
-
-    Raises:
-        InvalidCursorError: It did not come from this listing.
-    """
+    """Return the payload of `cursor`; raise InvalidCursorError if it did not come from this listing."""
     start = bytes([_VERSION]) + scope
     try:
         if len(cursor) <= _LONGEST:

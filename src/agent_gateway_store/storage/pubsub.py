@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import asyncpg
 from sqlalchemy import Text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from agent_gateway_store.errors import TransactionConflictError
 from agent_gateway_store.storage.asyncpg_pool import AsyncpgPool
 from agent_gateway_store.storage.cache import REDIS_FAULTS
 from agent_gateway_store.storage.database import AnyConnection, Database
-from agent_gateway_store.storage.errors import OutageLog, driver_error
+from agent_gateway_store.storage.errors import OutageLog
 from agent_gateway_store.storage.redis_cache import RedisCache
 from agent_gateway_store.storage.statements import text_statement
 
@@ -40,9 +38,6 @@ _FAST_POLL_S = 0.25
 _CANCEL_AGAIN_S = 0.1
 # Ten years: the pool limits every use of a connection, and this one lasts as long as the store.
 _FOREVER_S = 10 * 365 * 86_400.0
-
-# Chosen: who may not notify now is hardly allowed to a minute later.
-_MUTED_S = 60.0
 
 # A full queue, the work of a listener that stands still, would fail the commit. As text: `pg_notify` returns void.
 NOTIFY_SQL = (
@@ -113,7 +108,6 @@ class PubSub:
         self._topics: dict[str, Topic] = {}
         self._callbacks: dict[str, Callable[[str | None], None]] = {}
         self._subscription: asyncio.Task[None] | None = None
-        self._muted_until = 0.0
         # A Redis that is away is one outage, for reads and for the subscription.
         self._log = OutageLog(_logger) if redis.client is None else redis.log
         self.is_live = False
@@ -131,7 +125,7 @@ class PubSub:
     @property
     def poll_s(self) -> float:
         """How many seconds a task may wait for a message before it polls."""
-        return _SLOW_POLL_S if self.is_live and (self.notifies or not self._listens) else _FAST_POLL_S
+        return _SLOW_POLL_S if self.is_live else _FAST_POLL_S
 
     @contextmanager
     def subscription(self, key: str) -> Iterator[Topic]:
@@ -157,33 +151,13 @@ class PubSub:
             self._start()
 
     def _start(self) -> None:
-        if self._subscription is None and (self._redis.client is not None or self._listens):
+        if self._subscription is None and (self._redis.client is not None or self.notifies):
             self._subscription = asyncio.get_running_loop().create_task(self._subscribe())
 
     async def notify(self, connection: AnyConnection, key: str) -> None:
-        """Send the message with the commit of `connection`, where messages go through the database; see `muting`."""
+        """Send the message with the commit of `connection`, where messages go through the database."""
         if self.notifies:
-            with self.muting():
-                await _NOTIFY.first(connection, {"p_key": key})
-
-    @contextmanager
-    def muting(self) -> Iterator[None]:
-        """Run a statement that notifies. If it fails for that, the next ones are to do without.
-
-        Raises:
-            TransactionConflictError: It failed, and its transaction with it, which is to be run again.
-        """
-        try:
-            yield
-        except (asyncpg.PostgresError, DBAPIError) as exc:
-            # "permission denied for function pg_notify", "function pg_notify(...) does not exist", "too many
-            # notifications in the NOTIFY queue": the states of these errors are those of many others, and the name is
-            # the same in every language.
-            if "notify" not in str(driver_error(exc)).lower():
-                raise
-            self._muted_until = time.monotonic() + _MUTED_S
-            self._log.away("No notification can be sent (%s): others poll.", type(exc).__name__)
-            raise TransactionConflictError("No notification can be sent.", sqlstate="40001") from exc
+            await _NOTIFY.first(connection, {"p_key": key})
 
     async def publish(self, key: str) -> None:
         """Publish a change that was committed: to this process at once, to others through Redis, if it answers."""
@@ -222,14 +196,10 @@ class PubSub:
     @property
     def notifies(self) -> bool:
         """True if messages go through the database, with the commit of the change."""
-        return self._listens and time.monotonic() >= self._muted_until
-
-    @property
-    def _listens(self) -> bool:
         return self._redis.client is None and self._database.can_listen
 
     async def _subscribe(self) -> None:
-        while self._redis.client is not None or self._listens:
+        while self._redis.client is not None or self.notifies:
             listen = self._listen_to_redis if self._redis.client is not None else self._listen_to_postgres
             try:
                 await listen()

@@ -121,9 +121,6 @@ class RedisCache:
         log: Where faults of this Redis are noted.
         fault: What the last one said.
         is_cluster: True once the client turned out to lead to a member of a cluster.
-
-    Raises:
-        TypeError, ValueError: See `require_redis`.
     """
 
     def __init__(self, client: RedisClient | None, *, timeout_s: float = 0.2, pause_s: float = 1.0) -> None:
@@ -173,12 +170,8 @@ class RedisCache:
 
         What tasks put at the same time shares one round trip. Cancelling a task does not withdraw what it puts.
 
-        Args:
-            entries: What to store. A value that is there without a version is replaced, of whatever type it is.
-            message: A channel and what to publish on it.
-
-        Returns:
-            True if every entry was stored, and the message sent.
+        A value that is there without a version is replaced. Returns True if every entry was stored, and the message,
+        a channel and what to publish on it, was sent.
         """
         if not entries:
             return message is None or await self.publish(*message)

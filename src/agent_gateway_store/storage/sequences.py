@@ -65,11 +65,7 @@ async def tables_behind(connection: AsyncConnection) -> list[str]:
 
 
 async def advance(connection: AsyncConnection) -> None:
-    """Let every sequence of PostgreSQL that is behind go on after the highest id that was given; does not commit.
-
-    Raises:
-        StoreUnavailableError: That id is one that no store gives, and hardly any is left behind it.
-    """
+    """Let every sequence of PostgreSQL that is behind go on after the highest id that was given; does not commit."""
     driver = await _driver_of(connection)
     for table in _numbered():
         if (sequence := await _sequence_behind(driver, table)) is not None:

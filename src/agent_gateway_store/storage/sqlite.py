@@ -67,9 +67,6 @@ class _Connection(aiosqlite.Connection):
     Where a task is cancelled, SQLAlchemy closes its connection in another task, and if the task is cancelled once more
     it stops the connection as well. aiosqlite's own `close` would then close the database a second time, which fails,
     or wait for ever for an answer of a thread that has ended (https://github.com/omnilib/aiosqlite/issues/369).
-
-    Args:
-        arguments, options: As of `sqlite3.connect`.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -159,12 +156,7 @@ def _from_here(name: str) -> str:
 
 
 class _File:
-    """The file of an engine. Removed or replaced, it is not used: what is written would be gone, or meet another's log.
-
-    Args:
-        file: None: the database is in memory.
-        is_made: Whether the first connection makes the file.
-    """
+    """The file of an engine. Removed or replaced, it is not used: writes would be gone, or meet another's log."""
 
     def __init__(self, file: Path | None, *, is_made: bool) -> None:
         self._file, self._is_made = file and file.absolute(), is_made

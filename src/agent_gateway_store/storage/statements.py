@@ -79,9 +79,6 @@ class Statement:
         """Run with those of `values` that it names, and return the first row by column name, or None.
 
         A row that was altered so that it cannot be read is an `UnreadableRow`, and hides no other.
-
-        Raises:
-            sqlalchemy.exc.IntegrityError: A constraint refuses the row.
         """
         return next(iter(await self.rows(connection, values)), None)
 
@@ -123,12 +120,7 @@ class Statement:
 
 
 class CompiledStatement:
-    """A statement in one dialect, with what turns values into parameters and a row into values.
-
-    Attributes:
-        statement: The Core statement.
-        text: Its SQL.
-    """
+    """A statement in one dialect, with its SQL, and what turns values into parameters and a row into values."""
 
     def __init__(self, statement: Executable, dialect: Dialect) -> None:
         self.statement = statement
@@ -239,13 +231,7 @@ def _stand_in(column: ColumnElement[Any]) -> Any:
 def typed_text(
     sql: str, types: Mapping[str, TypeEngine[Any]], columns: Iterable[ColumnElement[Any]] = ()
 ) -> TextualSelect:
-    """Return SQL text as a Core statement.
-
-    Args:
-        sql: Its parameters are written `:p_...`.
-        types: The type of each parameter; the clock's offset has its own.
-        columns: What its rows hold, in this order.
-    """
+    """Return SQL text as a Core statement, with the types of its parameters `:p_...` and the columns of its rows."""
     known = {CLOCK_OFFSET: Float(53), **types}
     parameters = (bindparam(name, type_=known[name]) for name in set(_PARAMETER.findall(sql)))
     return text(sql).bindparams(*parameters).columns(*columns)
@@ -290,12 +276,9 @@ def contains(dialect: str, columns: Sequence[ColumnElement[Any]], pattern: Colum
 
 
 class RowsParameter:
-    """A table inside a statement whose rows come as parameters: one array for each column on PostgreSQL, one JSON
-    text on SQLite.
+    """A table in a statement whose rows are parameters: an array for each column, on SQLite one JSON text.
 
-    Args:
-        name: Of the table in the statement; the parameters begin with `p_` and this name.
-        columns: The type of each column, by name.
+    The parameters begin with `p_` and its name; `columns` gives the type of each.
     """
 
     def __init__(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> None:

@@ -106,11 +106,7 @@ async def _fetched(driver: Any, text: str, arguments: Sequence[Any]) -> Rows:
 
 
 def built(query: CompiledStatement, rows: Rows, build: Callable[[Rows], T]) -> T:
-    """Return what `build` makes of rows of a query whose first column is their id.
-
-    Raises:
-        UnreadableRowError: One of them was altered so that it cannot be read.
-    """
+    """Return what `build` makes of rows, whose first column is their id; an altered one raises UnreadableRowError."""
     try:
         return build(rows)
     except Exception:
