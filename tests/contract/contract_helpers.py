@@ -248,3 +248,15 @@ async def store_sealed_by_hand(database_url: str) -> AsyncIterator[GatewayStore]
     """An open store that seals when it is told to."""
     async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_seal_seconds=0)) as opened:
         yield opened
+
+
+def on_backend(name: str) -> Callable[[pytest.Metafunc], None]:
+    """Return the `pytest_generate_tests` of a module whose subject is above the storage: one backend is enough."""
+
+    def generate(metafunc: pytest.Metafunc) -> None:
+        given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+        if "database_url" in metafunc.fixturenames and "database_url" not in given:
+            # As a mark, so that it comes in place of the parameters of the fixture.
+            metafunc.definition.add_marker(pytest.mark.parametrize("database_url", [name], indirect=True))
+
+    return generate

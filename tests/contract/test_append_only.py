@@ -29,14 +29,12 @@ ON_POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=Tru
 
 @pytest.fixture
 async def sealed(database_url: str) -> AsyncIterator[GatewayStore]:
-    """A store with two sealed events."""
     async with sealed_store(database_url) as store:
         yield store
 
 
 @pytest.fixture
 async def sealed_apart(own_database_url: str) -> AsyncIterator[GatewayStore]:
-    """The same in a database of the test's own."""
     async with sealed_store(own_database_url) as store:
         yield store
 
@@ -56,7 +54,6 @@ async def execute(engine: AsyncEngine, *statements: str) -> None:
 
 
 async def asked(engine: AsyncEngine, question: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:
-    """Ask over a connection of its own."""
     async with engine.connect() as connection:
         return await question(connection)
 
@@ -200,7 +197,6 @@ NEUTRALISED: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 async def test_a_trigger_that_is_not_as_it_was_made_is_named(sealed_apart: GatewayStore) -> None:
-    """The name alone protects nothing; the statement that is named puts it right."""
     engine = sealed_apart.database.engine
     for case, (name, *statements) in NEUTRALISED[engine.dialect.name].items():
         await execute(engine, *statements)
@@ -214,7 +210,6 @@ async def test_a_trigger_that_is_not_as_it_was_made_is_named(sealed_apart: Gatew
 
 
 async def test_an_open_door_and_the_triggers_of_others_are_found(sealed_apart: GatewayStore) -> None:
-    """A row that was committed, and what is not ours on these tables."""
     engine = sealed_apart.database.engine
     on_postgres = engine.dialect.name == "postgresql"
     before = await asked(engine, is_door_open), await asked(engine, foreign_triggers)
@@ -240,7 +235,6 @@ async def test_an_open_door_and_the_triggers_of_others_are_found(sealed_apart: G
 
 @ON_POSTGRES
 async def test_sessions_that_fire_no_trigger_are_found(sealed: GatewayStore) -> None:
-    """By their database or their role, with the statement that ends it."""
     engine = sealed.database.engine
     async with engine.connect() as connection:
         database = (await connection.execute(text("SELECT current_database()"))).scalar()

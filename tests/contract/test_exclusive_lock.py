@@ -88,7 +88,6 @@ async def test_a_sqlite_file_has_one_lock_however_it_is_named(
 
 
 async def test_a_migration_by_a_link_waits_for_one_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both would change the same tables."""
     file, link = tmp_path / "gateway.db", tmp_path / "linked.db"
     link.symlink_to(file)
     monkeypatch.setattr(migrate, "_LOCK_TIMEOUT_S", 0)
@@ -103,8 +102,6 @@ async def test_a_migration_by_a_link_waits_for_one_of_the_file(tmp_path: Path, m
 async def test_a_folder_that_answers_each_lock_with_an_error_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on some network file systems."""
-
     class Refusing(sqlite3.Connection):
         def execute(self, *arguments: object) -> sqlite3.Cursor:
             error = sqlite3.OperationalError("disk I/O error")
@@ -120,7 +117,6 @@ async def test_a_folder_that_answers_each_lock_with_an_error_is_refused(
 
 @pytest.mark.parametrize("content", ["12345\n", "somebody's notes\n" * 100])
 async def test_a_lock_file_of_something_else_is_named(content: str, tmp_path: Path) -> None:
-    """A file by that name with the number of a process, which is left as it is."""
     (tmp_path / ".lock").write_text(content)
     with pytest.raises(StoreUnavailableError, match=r"\.lock cannot be locked, for it is a file of something else"):
         async with folder_lock(tmp_path, wait_s=0, busy=""):
@@ -144,7 +140,6 @@ async def test_others_publish_where_the_umask_lets_them(umask: int, tmp_path: Pa
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])
 def test_a_lock_file_of_another_user_is_told(mode: int, tmp_path: Path) -> None:
-    """The folder may well be there and writable."""
     if os.geteuid() != 0:
         pytest.skip("only root makes files of other users")
     (tmp_path / ".lock").touch(mode)

@@ -68,7 +68,6 @@ async def test_a_plan_made_for_small_tables_serves_large_ones(
 async def test_a_decision_reads_one_row_whatever_waits(
     migrated_postgres_database: Callable[[], str], no_plugins: None
 ) -> None:
-    """The plans of the first eight approvals, all of them used, serve when 500 wait."""
     url = migrated_postgres_database()
     await asyncio.to_thread(run, fill_up(url, None, is_analysed=False))
     store = GatewayStore(url, redis_url="", settings=quiet())

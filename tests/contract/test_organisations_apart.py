@@ -7,11 +7,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from contract_helpers import WITH_REDIS, column
+from contract_helpers import WITH_REDIS, column, on_backend
 from organisation_helpers import MARK, Other, settle
 
 from agent_gateway_store import GatewayStore, clock, errors
 from builders import make_event, make_request
+
+pytest_generate_tests = on_backend("postgres")
 
 
 @pytest.fixture

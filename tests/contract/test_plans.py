@@ -49,7 +49,6 @@ class Size(NamedTuple):
 
 # Large enough for an index to be worth it; filled and analysed in a few seconds.
 SHORT = Size(20_000, 10_000, 20_000)
-_LONG = Size(300_000, 50_000, 100_000)
 
 
 def filling(size: Size) -> list[str]:
@@ -125,7 +124,7 @@ def histories(lasting_postgres_database: Callable[[], str]) -> Callable[[str], s
 
     @cache
     def fill(kind: str) -> str:
-        url, size = lasting_postgres_database(), None if kind == "empty" else _LONG if "long" in kind else SHORT
+        url, size = lasting_postgres_database(), None if kind == "empty" else SHORT
         run(fill_up(url, size, is_analysed=kind.startswith("analysed")))
         return url
 
@@ -137,14 +136,11 @@ def histories(lasting_postgres_database: Callable[[], str]) -> Callable[[str], s
         "empty",
         "analysed",
         "never analysed",
-        pytest.param("analysed, long", marks=pytest.mark.slow),
-        pytest.param("never analysed, long", marks=pytest.mark.slow),
     ]
 )
 def filled(
     request: pytest.FixtureRequest, migrated_postgres_database: Callable[..., str], histories: Callable[[str], str]
 ) -> str:
-    """The URL of a database of this kind."""
     return migrated_postgres_database(histories(request.param))
 
 
@@ -345,7 +341,6 @@ CALLS = [
 
 
 def test_every_method_is_called() -> None:
-    """So that a new one is planned for, too."""
     services = (ApprovalManager, AuditManager, KeyManager, NotificationManager, SinkManager)
     methods = {
         name
@@ -382,7 +377,6 @@ async def test_no_plan_surprises(filled: str, no_plugins: None) -> None:
 
 
 async def test_looking_for_orphans_reads_each_intent_and_its_outcome_once(filled: str, no_plugins: None) -> None:
-    """Also without statistics, where a join reads every outcome for each intent."""
     read: list[float] = []
     for setting in ("force_custom_plan", "force_generic_plan"):
         store = GatewayStore(filled, redis_url="", settings=quiet())

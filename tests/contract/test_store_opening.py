@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from contract_helpers import BOTH
+from contract_helpers import BOTH, on_backend
 
 import agent_gateway_store.store as store_module
 import servers
@@ -20,6 +20,8 @@ from agent_gateway_store.evidence.sealer import Sealer
 from agent_gateway_store.storage.database import get_db
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, make_event, make_request
+
+pytest_generate_tests = on_backend("postgres")
 
 
 def open_slowly(
@@ -39,7 +41,6 @@ def open_slowly(
 async def test_a_task_that_opens_at_the_same_time_keeps_the_store_open(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one that began is cancelled halfway; the other one works on."""
     store, begun, goes_on = GatewayStore(database_url, redis_url=""), asyncio.Event(), asyncio.Event()
     open_slowly(monkeypatch, begun, goes_on)
     first = asyncio.create_task(store.open())
@@ -113,7 +114,6 @@ async def test_a_migration_that_ends_while_the_store_opens_lets_no_other_loop_in
 
 
 async def test_a_store_that_could_not_be_opened_may_be_opened_in_another_loop(database_url: str) -> None:
-    """What failed keeps nothing."""
     store = GatewayStore(database_url, redis_url="", auto_migrate=False)
     async with GatewayStore(database_url, redis_url="") as other:
         async with other.database.write() as connection:
@@ -131,7 +131,6 @@ async def test_a_store_that_could_not_be_opened_may_be_opened_in_another_loop(da
 
 
 async def test_migrating_in_one_loop_and_opening_in_another(postgres_database: Callable[[], str]) -> None:
-    """A script may migrate by `asyncio.run` and work by another `asyncio.run`."""
     store = GatewayStore(postgres_database())
 
     async def work() -> int:
@@ -156,7 +155,6 @@ class Hooked(RecordingNotifier):
 
 
 async def use(store: GatewayStore) -> None:
-    """Use each family of public methods."""
     approvals, keys, retention, caller = store.approvals, store.keys, store.retention, uuid4().hex
     await store.audit.write(make_event())
     await store.audit.write_many([make_event(), make_event()])
@@ -180,6 +178,7 @@ async def use(store: GatewayStore) -> None:
     await store.sinks.list()
 
 
+@pytest.mark.system
 @BOTH
 async def test_a_store_that_is_opened_again_works_in_its_new_loop(
     database_url: str, redis_setting: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -212,12 +211,7 @@ async def test_a_store_that_is_opened_again_works_in_its_new_loop(
 
 @pytest.mark.parametrize(
     ("module", "function", "part"),
-    [
-        ("gevent.monkey", "is_module_patched", "threading"),
-        ("gevent.monkey", "is_module_patched", "queue"),
-        ("gevent.monkey", "is_module_patched", "socket"),
-        ("eventlet.patcher", "is_monkey_patched", "thread"),
-    ],
+    [("gevent.monkey", "is_module_patched", "socket"), ("eventlet.patcher", "is_monkey_patched", "thread")],
 )
 async def test_a_process_whose_threads_are_patched_is_refused(
     database_url: str, monkeypatch: pytest.MonkeyPatch, module: str, function: str, part: str
@@ -243,7 +237,6 @@ async def test_a_process_whose_threads_are_patched_is_refused(
 
 
 async def test_where_no_asyncio_runs_a_store_says_so(store: GatewayStore) -> None:
-    """As under trio, a store that is open, and one that is not."""
     closed, refused = GatewayStore("sqlite://"), list[str]()
 
     def elsewhere() -> None:

@@ -22,23 +22,22 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from contract_helpers import GatedNotifier, forked, no_thread_left, seen
+from contract_helpers import GatedNotifier, forked, no_thread_left, on_backend, seen
 
-from agent_gateway_store import AuditEvent, StoreSettings, SyncGatewayStore, WriteOutcome, errors
+from agent_gateway_store import AuditEvent, SyncGatewayStore, WriteOutcome, errors
 from agent_gateway_store.sync import Portal, twin_of
-from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, CALLER, make_event, make_request
+
+pytest_generate_tests = on_backend("sqlite")
 
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[SyncGatewayStore]:
-    """An open store."""
     with SyncGatewayStore(database_url) as opened:
         yield opened
 
 
 def test_main_job_without_await(store: SyncGatewayStore) -> None:
-    """Keys, audit and approvals work as in the async store."""
     issued = store.keys.issue("dev-agent", role="developer")
     assert store.keys.verify(issued.plaintext).role == "developer"
     assert store.audit.write(make_event(request_id="r-1")) == "STORED"
@@ -72,7 +71,6 @@ def test_several_threads_share_a_store(store: SyncGatewayStore) -> None:
 
 
 def test_not_open_says_so(database_url: str) -> None:
-    """Before `open` and after `close` every service says so; opened again it works."""
     store = SyncGatewayStore(database_url)
     uses: list[Callable[[], Any]] = [
         lambda: store.audit.write(make_event()),
@@ -94,14 +92,6 @@ def test_not_open_says_so(database_url: str) -> None:
         store.close()
 
 
-def test_closing_leaves_no_thread(database_url: str) -> None:
-    """The thread of the loop ends with the store, with those of bcrypt and of the notifiers."""
-    with no_thread_left(), SyncGatewayStore(database_url, plugins=[RecordingNotifier()]) as store:
-        issued = store.keys.issue("dev-agent", role="r")
-        store.keys.verify(issued.plaintext)
-        store.approvals.issue_token(make_request())
-
-
 def test_failed_opening_leaves_no_thread(tmp_path: Path) -> None:
     """A database that cannot be opened is told, and nothing runs on; the store can be tried again."""
     store = SyncGatewayStore(f"sqlite:///{tmp_path}/folder/gateway.db")
@@ -117,8 +107,6 @@ def test_failed_opening_leaves_no_thread(tmp_path: Path) -> None:
 
 
 def test_no_free_file_for_the_loop_is_told() -> None:
-    """Opening raises what the system said, and works once there is one."""
-
     def use() -> None:
         portal, limits = Portal(), resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
@@ -154,7 +142,6 @@ def test_errors_come_through_unchanged(store: SyncGatewayStore) -> None:
 
 
 def test_view_is_bound_to_its_organisation(store: SyncGatewayStore) -> None:
-    """`for_org` gives a blocking view over the same thread."""
     acme = store.for_org("acme")
     acme.keys.issue("dev-agent", role="r")
 
@@ -167,7 +154,6 @@ def test_view_is_bound_to_its_organisation(store: SyncGatewayStore) -> None:
 
 
 def test_migrating_before_opening(postgres_database: Callable[[], str]) -> None:
-    """`migrate` works on a store that is not open, and leaves one that can be opened."""
     store = SyncGatewayStore(postgres_database())
     with no_thread_left():
         store.migrate()
@@ -201,7 +187,6 @@ class Service:
         self.waits, self.cancelled, self.closed = threading.Event(), threading.Event(), threading.Event()
 
     async def wait(self) -> None:
-        """Wait for ever."""
         self.waits.set()
         try:
             await asyncio.Event().wait()
@@ -209,7 +194,6 @@ class Service:
             self.cancelled.set()
 
     async def numbers(self, count: int) -> AsyncIterator[int]:
-        """Count."""
         try:
             for number in range(count):
                 await asyncio.sleep(0)
@@ -222,7 +206,6 @@ class Service:
 
 @pytest.fixture
 def portal() -> Iterator[Portal]:
-    """The thread of a blocking twin."""
     portal = Portal()
     portal.start()
     yield portal
@@ -240,18 +223,7 @@ def test_interrupted_call_is_given_up(portal: Portal) -> None:
     assert list(twin.numbers(2)) == [0, 1]
 
 
-def test_interrupted_wait_for_a_decision_is_given_up(store: SyncGatewayStore) -> None:
-    """Ctrl-C in a notebook cell that waits for an approver leaves the approval as it was."""
-    token = store.approvals.issue_token(make_request())
-    started = time.monotonic()
-    with interrupted(lambda: time.monotonic() - started > 0.1):
-        store.approvals.wait_for_decision(token, timeout_s=60)
-
-    assert store.approvals.deny(token, "approver-1").status == "DENIED"
-
-
 def test_interrupted_close_still_closes(database_url: str) -> None:
-    """Ctrl-C while `close` waits for a notifier does not leave the store half closed."""
     gate = threading.Event()
     recorder = GatedNotifier(gate)
     with no_thread_left():
@@ -305,7 +277,6 @@ def handed_over(use: Callable[[Callable[[], object]], object]) -> int:
 
 
 def test_a_signal_drops_no_event_of_a_call_that_ran(database_url: str) -> None:
-    """Whatever the moment is in which its handler raises, if the body has ended."""
     with SyncGatewayStore(database_url, redis_url="") as store:
 
         def use(begin: Callable[[], object]) -> None:
@@ -402,16 +373,6 @@ print(len(store.keys.list()))
     )
 
     assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
-
-
-def test_settings_and_properties_are_there(database_url: str) -> None:
-    """Arguments reach the async store; what can be read before `open` can be read."""
-    settings = StoreSettings(environment="given")
-    store = SyncGatewayStore(database_url, settings=settings, plugins=[RecordingNotifier()])
-
-    assert store.settings is settings
-    assert any(record.name == "recording" for record in store.plugins.records)
-    assert store.hash_args({"a": 1}) == AuditEvent.hash_args({"a": 1})
 
 
 def test_async_iterator_becomes_an_iterator(portal: Portal) -> None:

@@ -23,7 +23,6 @@ from agent_gateway_store.storage.redis_cache import RedisCache
 
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[servers.RedisServer]:
-    """A server that a test may pause."""
     with servers.RedisServer() as server:
         yield server
 

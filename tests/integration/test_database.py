@@ -40,7 +40,6 @@ async def count(database: Database) -> int:
 
 
 async def test_sqlite_runs_as_documented(tmp_path: Path) -> None:
-    """Every connection has WAL, full sync, foreign keys and a busy timeout."""
     engine = create_engine(f"sqlite:///{tmp_path}/test.db")
     async with engine.connect() as first, engine.connect() as second:
         for connection in (first, second):
@@ -88,7 +87,6 @@ async def test_reading_takes_no_write_lock(database: Database) -> None:
 
 
 async def test_a_reader_reads_beside_an_open_write(database: Database) -> None:
-    """And sees what was there before."""
     async with database.write() as writer:
         await writer.execute(text("UPDATE counter SET n = 7"))
         async with asyncio.timeout(5):
@@ -98,7 +96,6 @@ async def test_a_reader_reads_beside_an_open_write(database: Database) -> None:
 
 
 async def test_a_failed_body_is_rolled_back(database: Database) -> None:
-    """The error of the body passes unchanged, and nothing of it stays."""
     with pytest.raises(AttributeError):
         await write(database, "UPDATE counter SET n = 7", error=AttributeError("a bug"))
 
@@ -107,7 +104,6 @@ async def test_a_failed_body_is_rolled_back(database: Database) -> None:
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:m?mode=memory&uri=true"])
 async def test_a_database_in_memory_serves_concurrent_tasks(url: str) -> None:
-    """All tasks see the one database, in turn, and it stays while the engine does."""
     database = opened(url)
     await write(database, "CREATE TABLE counter (n INTEGER)", "INSERT INTO counter VALUES (0)")
 
@@ -131,7 +127,6 @@ async def now(database: Database, plus: timedelta = timedelta()) -> datetime:
 
 
 async def test_the_database_clock_is_aware_and_moves_with_ours(database: Database) -> None:
-    """`db_now` is the server's time in UTC, moved by the test clock and by `plus`."""
     real = datetime.now(UTC)
     found = await now(database)
     assert found.tzinfo is UTC
@@ -148,7 +143,6 @@ async def test_the_database_clock_is_aware_and_moves_with_ours(database: Databas
 
 
 async def test_the_database_clock_goes_on_inside_a_transaction(database: Database) -> None:
-    """It is the time of the statement, not of the transaction's start."""
     async with database.write() as connection:
         first = (await connection.execute(select(db_now()))).scalar_one()
         await asyncio.sleep(0.01)
@@ -158,7 +152,6 @@ async def test_the_database_clock_goes_on_inside_a_transaction(database: Databas
 
 
 async def test_integrity_errors_pass_unchanged(database: Database) -> None:
-    """They are the row's fault, and the services settle them."""
     with pytest.raises(IntegrityError):
         await write(database, "INSERT INTO counter VALUES (1, 1)")
 

@@ -40,7 +40,6 @@ async def failing(url: str, *statements: str) -> BaseException:
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_refused_port_is_an_outage(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """Nobody listens there, whichever event loop says so."""
     with asyncio.Runner(loop_factory=new_loop) as runner:
         error = runner.run(failing(f"postgresql://user:{PASSWORD}@127.0.0.1:1/db"))
 
@@ -49,7 +48,6 @@ def test_a_refused_port_is_an_outage(new_loop: Callable[[], asyncio.AbstractEven
 
 
 async def test_a_missing_table_or_column_asks_for_a_migration(url: str) -> None:
-    """The next step is `db upgrade`."""
     for statements in (["SELECT n FROM absent"], ["CREATE TABLE t (n INTEGER)", "SELECT m FROM t"]):
         error = await failing(url, *statements)
 
@@ -58,7 +56,6 @@ async def test_a_missing_table_or_column_asks_for_a_migration(url: str) -> None:
 
 
 async def test_what_exists_already_is_named(url: str) -> None:
-    """The server runs, and the URL is right: what helps is another name."""
     postgres = ["ALTER TABLE t ADD CONSTRAINT c CHECK (n > 0)"] * (not url.startswith("sqlite"))
     statements = ["CREATE TABLE t (n INTEGER)", "CREATE INDEX i ON t (n)", "ALTER TABLE t ADD m INTEGER", *postgres]
     said = [str(await failing(url, *statements[: count + 1], each)) for count, each in enumerate(statements)]
@@ -136,13 +133,6 @@ async def test_a_connection_that_the_server_ended_is_named(postgres_database: Ca
             await use
         assert ("pgbouncer" in str(caught.value)) == (said == pooler)
     await database.close()
-
-
-async def test_a_statement_timeout_is_an_outage(postgres_database: Callable[[], str]) -> None:
-    """The server's own limit counts as "cannot answer now"."""
-    error = await failing(postgres_database(), "SET statement_timeout = 50", "SELECT pg_sleep(5)")
-
-    assert type(error) is errors.StoreUnavailableError
 
 
 @pytest.mark.parametrize("busy", ["the row's lock is held", "every connection is lent"])

@@ -17,7 +17,6 @@ from proofs.harness import execute
 
 
 async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Callable[[], str]) -> None:
-    """The server answers and the URL is right: what is missing is a GRANT."""
     url, role = make_url(postgres_database()), f"reader_{uuid4().hex}"
     admin = opened(url.render_as_string(hide_password=False))
     async with admin.write() as connection:
@@ -43,7 +42,6 @@ async def test_a_user_without_rights_is_told_to_get_them(postgres_database: Call
 async def test_what_a_server_says_in_another_language_is_understood(
     migrated_postgres_database: Callable[[], str],
 ) -> None:
-    """`lc_messages` is the server's: errors are known by their state, and by names."""
     url, role = migrated_postgres_database(), f"reader_{uuid4().hex}"
     await execute(
         url,
@@ -69,7 +67,6 @@ async def test_what_a_server_says_in_another_language_is_understood(
 
 
 async def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    """It runs, and the URL is right: what helps is a backup."""
     path = tmp_path / "damaged.db"
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE t (n INTEGER)")

@@ -108,7 +108,6 @@ class Waiters:
                     self.unknown.add(request.request_id)
 
     async def acquire(self) -> None:
-        """Acquire calls, one after the other."""
         while not self.is_over:
             request = make_request(self._name())
             result = await self.store.approvals.acquire(request, wait_s=60)

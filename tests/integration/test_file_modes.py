@@ -50,7 +50,6 @@ async def test_what_a_store_makes_is_for_its_owner(tmp_path: Path, form: str) ->
 
 @pytest.mark.parametrize("mode", ["ro", "rw"])
 async def test_a_file_that_was_not_to_be_made_is_not_there(tmp_path: Path, mode: str) -> None:
-    """`mode=rw` opens what exists, and nothing else."""
     engine = create_engine(f"sqlite:///file:{tmp_path}/gateway.db?mode={mode}&uri=true")
     with pytest.raises(Exception, match="unable to open"):
         async with engine.connect():
@@ -61,7 +60,6 @@ async def test_a_file_that_was_not_to_be_made_is_not_there(tmp_path: Path, mode:
 
 
 def test_doctor_warns_of_files_that_others_may_read(tmp_path: Path) -> None:
-    """Each is named, with the command that closes it; after that there is no warning."""
     database, state = tmp_path / "gateway.db", tmp_path / "state"
     spool = state / "spool.db"
     env = {"DATABASE_URL": f"sqlite:///{database}", "AUDIT_SPOOL_PATH": str(spool)}

@@ -82,7 +82,6 @@ async def sleep(database: Database, *, raw: bool) -> None:
 async def test_a_dead_redis_is_one_line_a_minute_and_one_when_it_is_back(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often it is tried, by reads and by the subscription."""
     caplog.set_level(logging.INFO, "agent_gateway_store")
     minutes = 0
     moved = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * minutes)

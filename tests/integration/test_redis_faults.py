@@ -125,7 +125,6 @@ class Checks:
 
 
 def poisons(sound: bytes, other: bytes) -> list[bytes]:
-    """What may stand in Redis in place of an entry."""
     entry = json.loads(sound)
     changed: list[dict[str, Any]] = [
         {"version": 10**300},
@@ -150,7 +149,6 @@ def poisons(sound: bytes, other: bytes) -> list[bytes]:
 
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
-    """A Redis server of this test's own."""
     with RedisServer() as started:
         yield started
         started.resume()

@@ -103,7 +103,6 @@ async def serve_half(member: RedisServer) -> None:
 async def test_a_member_of_a_cluster_is_named_once_and_left_alone(
     member: RedisServer, migrated_postgres_database: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing fails, nothing flaps, and waiters are woken by PostgreSQL in its place."""
     caplog.set_level(logging.INFO, "agent_gateway_store")
     await serve_half(member)
     database = migrated_postgres_database()
@@ -122,7 +121,6 @@ async def test_a_member_of_a_cluster_is_named_once_and_left_alone(
 
 
 async def test_a_cache_drops_a_member_that_answers_for_others(member: RedisServer) -> None:
-    """Where it may not be asked what it is, its answers tell."""
     await serve_half(member)
     async with create_redis(member.url) as client:
         cache = RedisCache(client, timeout_s=5)
@@ -133,7 +131,6 @@ async def test_a_cache_drops_a_member_that_answers_for_others(member: RedisServe
 
 
 async def test_a_replica_that_has_lost_its_master_is_away_and_no_cluster() -> None:
-    """It answers with MASTERDOWN until it is a master; then it is used again."""
     with RedisServer() as server:
         async with create_redis(server.url) as client:
             cache = RedisCache(client, timeout_s=5, pause_s=0)
@@ -147,7 +144,6 @@ async def test_a_replica_that_has_lost_its_master_is_away_and_no_cluster() -> No
 
 
 def test_doctor_names_a_cluster(member: RedisServer) -> None:
-    """It is no Redis that is down."""
     outcome = gateway_store("--database-url", "sqlite://", "--redis-url", member.url, "doctor", "--json")
 
     assert outcome.json["redis"]["state"] == "cluster"

@@ -111,7 +111,6 @@ async def test_lists_come_from_the_replica_and_decisions_from_the_primary(
 
 
 async def test_a_replica_that_is_away_is_named_and_its_primary_stands_in_where_both_are_named() -> None:
-    """The primary writes on; the store opens, too."""
     with PostgresServer() as primary:
         migrated(primary.url)
         with PostgresServer(standby_of=primary) as standby:
@@ -129,7 +128,6 @@ async def test_a_replica_that_is_away_is_named_and_its_primary_stands_in_where_b
 
 
 async def test_what_a_person_decides_by_is_read_from_the_primary() -> None:
-    """With a replica that stands still, and with one that is away."""
     with PostgresServer() as primary:
         migrated(primary.url)
         with PostgresServer(standby_of=primary) as standby:
@@ -212,7 +210,6 @@ async def test_a_replica_that_was_promoted_is_named(caplog: pytest.LogCaptureFix
 
 
 async def test_another_database_is_no_replica(tmp_path: Path) -> None:
-    """Its answers would be those of another log."""
     for name in ("one", "two"):
         async with opened(f"sqlite:///{tmp_path}/{name}.db"):
             pass

@@ -13,7 +13,6 @@ from builders import make_event, make_request
 
 
 async def test_nothing_is_acknowledged_into_a_file_that_was_removed(tmp_path: Path) -> None:
-    """Events wait in the spool, the rest is refused; put back, the file receives them."""
     path, away = tmp_path / "gateway.db", tmp_path / "away"
     away.mkdir()
     settings = StoreSettings(audit_spool_path=tmp_path / "spool.db", audit_seal_seconds=0)
@@ -37,7 +36,6 @@ async def test_nothing_is_acknowledged_into_a_file_that_was_removed(tmp_path: Pa
 
 
 async def test_a_file_that_took_its_place_is_not_written(tmp_path: Path) -> None:
-    """Beside it may be the log of the old one, which would be written into it."""
     path, backup = tmp_path / "gateway.db", tmp_path / "backup.db"
     async with GatewayStore(f"sqlite:///{path}", redis_url="") as store:
         await store.audit.write(make_event(request_id="old"))

@@ -39,7 +39,6 @@ def _loaded(ended: subprocess.CompletedProcess[str], text: str) -> set[str]:
 
 
 async def test_opening_a_store_on_a_schema_that_is_current_loads_no_alembic(tmp_path: Path) -> None:
-    """Alembic is for migrations; an empty database was set up here before."""
     async with GatewayStore(f"sqlite:///{tmp_path / 'g.db'}", redis_url=""):
         pass
     ended = subprocess.run([sys.executable, "-c", _OPEN], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -67,7 +66,6 @@ def test_help_loads_neither_the_store_nor_what_draws(args: tuple[str, ...], unwa
 
 
 def test_the_revisions_are_those_that_alembic_reads() -> None:
-    """The store reads them as text, and must not take an older one for the newest."""
     config = Config()
     config.set_main_option("script_location", str(migrate.migrations_path()))
     scripts = ScriptDirectory.from_config(config)
@@ -79,7 +77,6 @@ def test_the_revisions_are_those_that_alembic_reads() -> None:
 
 @pytest.mark.parametrize("library", ["fastapi", "fastmcp"])
 def test_a_missing_library_of_an_integration_is_told_by_its_extra(library: str, tmp_path: Path) -> None:
-    """What to install, by one command."""
     code = f"import sys; sys.modules['{library}'] = None; import agent_gateway_store.integrations.{library}"
     done = forks().run(["-c", code], cwd=tmp_path, env=os.environ, timeout=60)
 

@@ -30,7 +30,6 @@ SPOOLED = ["spooled", "spooled of acme"]
 
 @pytest.fixture
 def notifier() -> RecordingNotifier:
-    """Has the name under which the notices wait."""
     return RecordingNotifier("kept")
 
 
@@ -58,7 +57,6 @@ async def store(
 
 
 async def test_events_are_read_and_their_hashes_hold(store: GatewayStore) -> None:
-    """Those stored and those spooled, each with the hash it had."""
     assert await store.audit.flush() == 0
 
     events = await store.audit.search()
@@ -70,7 +68,6 @@ async def test_events_are_read_and_their_hashes_hold(store: GatewayStore) -> Non
 
 
 async def test_the_spool_is_replayed_once(store: GatewayStore, tmp_path: Path) -> None:
-    """Each event that it held is in the database, and it is empty."""
     await store.audit.flush()
     await store.audit.flush()
 
@@ -126,14 +123,12 @@ async def test_tokens_go_on(store: GatewayStore) -> None:
 
 
 async def test_keys_are_known(store: GatewayStore) -> None:
-    """The one that was issued is verified, the one that was revoked is not."""
     assert (await store.keys.verify(FACTS["key"])).caller_id == "dev-agent"
     with pytest.raises(errors.GatewayStoreError):
         await store.keys.verify(FACTS["revoked_key"])
 
 
 async def test_notices_that_waited_are_sent(store: GatewayStore, notifier: RecordingNotifier) -> None:
-    """Each once, under the id of its approval."""
     assert await store.notifications.run(once=True) == FACTS["due"]
 
     assert len(notifier.notices) == FACTS["due"]

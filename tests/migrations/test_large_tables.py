@@ -173,7 +173,6 @@ async def test_no_limit_of_time_ends_a_migration(url: str, monkeypatch: pytest.M
 
 
 async def test_a_small_table_keeps_the_one_transaction(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails later takes back the whole upgrade, the index included."""
     monkeypatch.setattr(online, "_LARGE_BYTES", 2**30)
     async with engine_of(url) as engine, connected(url) as connection:
         await connection.execute("ALTER TABLE audit_events RENAME CONSTRAINT ck_audit_events_execution_status TO gone")
@@ -228,7 +227,6 @@ async def test_a_migration_that_is_cancelled_lets_go_of_its_lock(url: str) -> No
 
 
 async def test_a_pool_of_one_connection_is_enough(url: str) -> None:
-    """The lock has a connection of its own, which takes no place in the host's pool."""
     async with engine_of(url, pool_size=1, max_overflow=0, pool_timeout=1) as engine:
         await migrate.upgrade(engine)
         differences = await migrate.differences(engine)

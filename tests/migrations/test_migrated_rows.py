@@ -26,7 +26,6 @@ COLUMNS = (
 
 
 def insert(number: int, status: str | None = None) -> str:
-    """The statement that inserts one event."""
     said = "NULL" if status is None else f"'{status}'"
     return (
         f"INSERT INTO audit_events ({COLUMNS}) VALUES ({number}, 'r-{number}', 'acme', '2026-05-01 00:00:00', 'c', "
@@ -35,7 +34,6 @@ def insert(number: int, status: str | None = None) -> str:
 
 
 async def read(engine: AsyncEngine, names: str = COLUMNS) -> list[Any]:
-    """What the events hold, in their order."""
     async with engine.begin() as connection:
         return [tuple(row) for row in await connection.execute(text(f"SELECT {names} FROM audit_events ORDER BY id"))]
 
@@ -94,7 +92,6 @@ async def test_rows_outlive_the_way_to_0006_and_back(engine: AsyncEngine) -> Non
     ("column", "value"), [("approval_id", "a" * 32), ("extra", '{"a": 1}')], ids=["approval_id", "extra"]
 )
 async def test_downgrade_drops_no_column_in_use(engine: AsyncEngine, column: str, value: str) -> None:
-    """It is refused in one sentence, and nothing changed."""
     await migrate.upgrade(engine)
     await execute(engine, insert(1), insert(2))
     async with engine.begin() as connection, triggers_off(connection):

@@ -22,7 +22,6 @@ _CHUNK = 10_000
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/gateway.db"
     made: Callable[[], str] = request.getfixturevalue("postgres_database")
@@ -43,7 +42,6 @@ async def fill(url: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [12_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 async def test_an_old_store_is_sealed_while_writers_go_on(url: str, count: int) -> None:
-    """No event is missed, none is sealed twice, and no writer waits for long."""
     await fill(url, count)
     settings = StoreSettings(audit_seal_seconds=0.05)
     waits: list[float] = []

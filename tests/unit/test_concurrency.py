@@ -35,7 +35,6 @@ class Batches:
 
 
 async def turns(number: int = 3) -> None:
-    """Let the other tasks run."""
     for _ in range(number):
         await asyncio.sleep(0)
 
@@ -50,7 +49,6 @@ async def begin(queue: BatchQueue[int, str], *items: int) -> list[asyncio.Task[s
 
 
 async def test_flight_is_shared_and_its_error_too() -> None:
-    """Ten tasks get what one piece of work raises; the next one begins anew."""
     begun = 0
 
     async def work() -> int:
@@ -68,7 +66,6 @@ async def test_flight_is_shared_and_its_error_too() -> None:
 
 
 async def test_work_ends_with_the_last_who_wanted_it() -> None:
-    """The cancellation of the last one waits until the work has cleaned up."""
     cleaned = asyncio.Event()
 
     async def work() -> None:
@@ -91,7 +88,6 @@ async def test_work_ends_with_the_last_who_wanted_it() -> None:
 
 
 async def test_a_lone_item_is_processed_in_its_callers_task() -> None:
-    """It waits for nobody, and so does the next one after it."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=10)
 
@@ -129,7 +125,6 @@ async def test_places_are_filled_one_after_the_other() -> None:
 
 @pytest.mark.parametrize(("count", "shares"), [(5, [5]), (6, [3, 3]), (7, [4, 3]), (25, [10, 10, 5])])
 async def test_a_large_crowd_is_shared_out(count: int, shares: list[int]) -> None:
-    """Where each free place gets enough; no batch is larger than the limit."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=10, places=2, min_share=3)
 
@@ -144,7 +139,6 @@ async def test_a_large_crowd_is_shared_out(count: int, shares: list[int]) -> Non
 
 @pytest.mark.parametrize("hung", [0, 1])
 async def test_join_waits_for_a_batch_that_later_ones_overtake(hung: int) -> None:
-    """Not only for as many items as there were."""
     gate, done = asyncio.Event(), list[int]()
 
     async def process(items: Sequence[int]) -> list[str | Exception]:
@@ -168,7 +162,6 @@ async def test_join_waits_for_a_batch_that_later_ones_overtake(hung: int) -> Non
 
 
 async def test_batches_that_come_back_go_again_in_order() -> None:
-    """Two that were cancelled, in whichever order, stand before what came after them."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=2, places=2)
     batches.gate.clear()
@@ -187,7 +180,6 @@ async def test_batches_that_come_back_go_again_in_order() -> None:
 
 
 async def test_what_arrives_during_a_batch_goes_together_in_the_next_in_order() -> None:
-    """By number and by size; each caller gets the result of its own item."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=4, max_bytes=30, size=lambda item: item)
     batches.gate.clear()
@@ -202,7 +194,6 @@ async def test_what_arrives_during_a_batch_goes_together_in_the_next_in_order() 
 
 
 async def test_an_error_is_raised_to_the_caller_of_its_item_only() -> None:
-    """Alone and in a batch."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=10)
     with pytest.raises(LookupError):
@@ -257,7 +248,6 @@ async def test_a_cancelled_caller_withdraws_no_item() -> None:
 
 
 async def test_a_cancelled_lone_caller_abandons_none_of_the_others() -> None:
-    """What waits behind its item is processed."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=2, abandon=lambda _: "abandoned")
     batches.gate.clear()
@@ -289,7 +279,6 @@ async def test_cancelling_every_task_leaves_the_items_for_join(turn: int) -> Non
 
 
 async def test_a_full_queue_whose_task_was_cancelled_lets_the_next_caller_in() -> None:
-    """Who waits for room has the queue emptied; nobody needs to call `join`."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=2, max_queued=2)
     batches.gate.clear()
@@ -307,7 +296,6 @@ async def test_a_full_queue_whose_task_was_cancelled_lets_the_next_caller_in() -
 
 @pytest.mark.parametrize("turn", range(12))
 async def test_cancelling_every_task_abandons_where_that_is_wanted(turn: int) -> None:
-    """Each item comes to what `abandon` makes of it, and the queue goes on."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=2, abandon=lambda item: f"without {item}")
     batches.gate.clear()
@@ -346,7 +334,6 @@ async def test_the_last_item_needs_none_behind_it(is_first: bool) -> None:
 
 
 async def test_close_abandons_what_takes_too_long() -> None:
-    """It says how much that was; a queue whose items are done closes at once."""
     batches = Batches()
     queue = BatchQueue(batches.process, max_items=2, abandon=lambda _: "abandoned")
     assert await queue.run(1) == "1"
@@ -359,7 +346,6 @@ async def test_close_abandons_what_takes_too_long() -> None:
 
 
 async def test_background_work_ends_without_its_caller() -> None:
-    """`join` waits for it; `cancel` ends what is left."""
     tasks, gate, done = BackgroundTasks(), asyncio.Event(), list[int]()
 
     async def work(number: int) -> int:
@@ -384,7 +370,6 @@ async def test_background_work_ends_without_its_caller() -> None:
 
 
 async def test_a_swallowed_cancellation_is_raised_at_the_end_of_the_block() -> None:
-    """Also where the block ends with an error of its own."""
     reached = []
 
     async def work(error: Exception | None) -> None:
@@ -406,7 +391,6 @@ async def test_a_swallowed_cancellation_is_raised_at_the_end_of_the_block() -> N
 
 
 async def test_a_cancellation_that_came_before_the_block_is_not_raised_in_it() -> None:
-    """A task that cleans up after its cancellation may still speak to Redis."""
     cleaned = []
 
     async def work() -> None:

@@ -42,7 +42,6 @@ async def connected(monkeypatch: pytest.MonkeyPatch, *poolers: Pooler, timeout_s
 
 
 async def test_a_pooler_that_never_answers_keeps_no_other_from_being_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where its server hangs: the other one has been promoted."""
     hung, promoted = Pooler(answers=False), Pooler()
 
     assert await connected(monkeypatch, hung, promoted, timeout_s=0.2) is promoted
@@ -51,7 +50,6 @@ async def test_a_pooler_that_never_answers_keeps_no_other_from_being_tried(monke
 
 @pytest.mark.parametrize("is_first", [True, False])
 async def test_a_primary_that_gave_no_answer_is_no_standby(monkeypatch: pytest.MonkeyPatch, is_first: bool) -> None:
-    """To promote the other one would be wrong."""
     busy, standby = Pooler(answers=False), Pooler(is_standby=True)
     with pytest.raises(TimeoutError):
         await connected(monkeypatch, *((busy, standby) if is_first else (standby, busy)), timeout_s=0.2)

@@ -23,12 +23,6 @@ def named() -> dict[str, str]:
     return {name: value for _, name, value in _LINE.findall(FILE.read_text())}
 
 
-@pytest.mark.parametrize("field", StoreSettings.model_fields)
-def test_every_setting_of_the_store_is_named(named: dict[str, str], field: str) -> None:
-    """A setting that is added to the package is added to the file."""
-    assert field.upper() in named
-
-
 def test_every_setting_of_the_example_gateway_is_named(named: dict[str, str]) -> None:
     """The gateway's own settings are in the file, and the file names nothing that nobody reads."""
     source = (ROOT / "examples/fastapi_gateway/config.py").read_text()
@@ -42,7 +36,6 @@ def test_every_setting_of_the_example_gateway_is_named(named: dict[str, str]) ->
 
 
 def test_file_holds_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loaded as it stands, the file changes nothing."""
     for name in ("AUDIT_SPOOL_PATH", "BCRYPT_ROUNDS", "APPROVAL_MAX_PENDING"):
         monkeypatch.delenv(name)
 
@@ -50,7 +43,6 @@ def test_file_holds_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_examples_of_unset_settings_can_be_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With every commented setting uncommented the file loads, too."""
     for name in ("AUDIT_SPOOL_PATH", "BCRYPT_ROUNDS", "APPROVAL_MAX_PENDING"):
         monkeypatch.delenv(name)
     everything = tmp_path / "all.env"
@@ -64,7 +56,6 @@ def test_examples_of_unset_settings_can_be_taken(monkeypatch: pytest.MonkeyPatch
 
 
 def test_each_setting_has_a_comment(named: dict[str, str]) -> None:
-    """The line before each setting says what it is."""
     lines = FILE.read_text().splitlines()
 
     for name in named:
@@ -73,7 +64,6 @@ def test_each_setting_has_a_comment(named: dict[str, str]) -> None:
 
 
 def test_ranges_in_comments_are_those_that_are_taken() -> None:
-    """A comment that states a range names the bounds of the setting below it."""
     ranges = re.findall(r"\((\d+) to (\d+)\)\n([A-Z_]+)=", FILE.read_text())
 
     assert ranges

@@ -102,7 +102,6 @@ def fail(name: str) -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("name", ["ApiKeyExistsError", "ApprovalAlreadyDecidedError", "MissingExtraError"])
 async def test_an_error_crosses_a_process_pool(name: str) -> None:
-    """It is raised where the pool's caller waits, rather than breaking the pool."""
     with (
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
         pytest.raises(getattr(errors, name)) as caught,

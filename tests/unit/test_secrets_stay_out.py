@@ -24,7 +24,6 @@ from agent_gateway_store.audit.spool import Spool
 from agent_gateway_store.keys.format import new_key
 from agent_gateway_store.retention import erase
 from agent_gateway_store.storage.cache import create_redis
-from agent_gateway_store.storage.database import Database, create_engine
 from agent_gateway_store.testing import RecordingNotifier
 from builders import make_event, make_request
 
@@ -53,7 +52,6 @@ class Trail:
     token: str = ""
 
     def found(self) -> list[tuple[str, str]]:
-        """Return which secret stands where."""
         return [(name, secret) for name, text in self.texts.items() for secret in self.secrets if secret in text]
 
 
@@ -147,31 +145,21 @@ async def test_no_secret_is_left_behind(trail: Trail) -> None:
         assert held not in trail.texts["logs"]
         assert held in "".join(trail.texts.values())
     assert "[redacted]" in trail.texts["file other.spool"]
-
-
-async def test_search_finds_what_is_there(trail: Trail) -> None:
-    """The search itself works: what may be seen is found in tables, logs, reprs, errors and notices."""
-    trail.secrets = ["[redacted]", "dev-agent", "r-1", "approver-1"]
-
-    places = {name for name, _ in trail.found()}
-    assert {"repr", "pages", "errors", "pickle", "notices", "logs", "table audit_events", "file gateway.db"} <= places
-
-
-async def test_redis_holds_a_token_in_its_two_entries_only(trail: Trail) -> None:
-    """The token names its entry and stands behind its id; nothing else of it, and no key or raw argument, is there."""
+    # The token names its entry in Redis and stands behind its id; no other secret is there.
     holding = [name for name, value in trail.redis.items() if trail.token in name + value]
-    others = [secret for secret in trail.secrets if secret != trail.token]
-
     assert sorted(name.partition(":")[0] for name in holding) == ["approval", "approval-token"]
     assert trail.token not in trail.redis[f"approval:{trail.token}"]
-    assert not [secret for secret in others if secret in str(trail.redis)]
+    assert not [each for each in trail.secrets if each != trail.token and each in str(trail.redis)]
+    # The search itself works: what may be seen is found.
+    trail.secrets = ["[redacted]", "dev-agent", "r-1", "approver-1"]
+    places = {name for name, _ in trail.found()}
+    assert {"repr", "pages", "errors", "pickle", "notices", "logs", "table audit_events", "file gateway.db"} <= places
 
 
 @pytest.mark.parametrize(("password", "pieces"), PASSWORDS.items())
 async def test_password_of_the_database_is_not_shown(
     password: str, pieces: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A password in DATABASE_URL is in no repr, error or log."""
     caplog.set_level(logging.DEBUG)
     for url in (f"postgresql://user:{password}@127.0.0.1:1/none", f"oracle://user:{password}@127.0.0.1:1/none"):
         settings = StoreSettings(database_url=url, redis_url="")
@@ -191,7 +179,6 @@ async def test_password_of_the_database_is_not_shown(
 async def test_password_of_redis_is_not_shown(
     password: str, pieces: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A password in REDIS_URL is in no repr, error or log, also while Redis is away."""
     caplog.set_level(logging.DEBUG)
     for url in (
         f"redis://user:{password}@127.0.0.1:1/0",
@@ -210,14 +197,6 @@ async def test_password_of_redis_is_not_shown(
                 await store.approvals.issue_token(make_request())
 
         assert [text for text in [*shown, caplog.text] for piece in pieces.split("|") if piece in text] == []
-
-
-async def test_given_engine_that_echoes_is_the_callers_choice(tmp_path: Path) -> None:
-    """Engines made here hide what is bound to a statement from errors."""
-    engine = create_engine(f"sqlite:///{tmp_path}/gateway.db")
-
-    assert Database(engine, owned=True).engine.sync_engine.hide_parameters
-    await engine.dispose()
 
 
 async def test_an_erasure_beside_a_reader_of_the_old_state_is_repeated(

@@ -9,7 +9,6 @@ import pytest
 from pydantic import Field, ValidationError
 from pydantic_settings import SettingsConfigDict
 
-from agent_gateway_store.plugins.apprise import AppriseSettings
 from agent_gateway_store.plugins.slack.api import SlackSettings
 from agent_gateway_store.plugins.webhook import WebhookSettings
 from agent_gateway_store.settings import StoreSettings, default_hash_key, mask_url
@@ -65,7 +64,6 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_prefix_wins_and_an_argument_wins_over_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NAME < AGENT_GATEWAY_STORE_NAME < argument."""
     monkeypatch.setenv("ENVIRONMENT", "plain")
     assert StoreSettings().environment == "plain"
     monkeypatch.setenv(f"{PREFIX}ENVIRONMENT", "prefixed")
@@ -78,29 +76,22 @@ def test_the_prefix_wins_and_an_argument_wins_over_both(monkeypatch: pytest.Monk
     ("name", "text", "field", "value"),
     [
         ("APPROVAL_TOKEN_TTL_SECONDS", "60", "approval_token_ttl_seconds", 60),
-        ("APPROVAL_CACHE_SECONDS", "0", "approval_cache_seconds", 0),
         ("AUDIT_MODE", "strict", "audit_mode", "strict"),
         ("AUDIT_SPOOL_PATH", "/var/spool.db", "audit_spool_path", Path("/var/spool.db")),
         ("REDIS_TIMEOUT_SECONDS", "0.5", "redis_timeout_seconds", 0.5),
-        ("BCRYPT_ROUNDS", "12", "bcrypt_rounds", 12),
         ("ALLOW_SELF_APPROVAL", "true", "allow_self_approval", True),
-        ("OTEL_ENABLED", "1", "otel_enabled", True),
-        ("FREEZE_AFTER_OPEN", "yes", "freeze_after_open", True),
-        ("NOTIFICATION_WORKER", "false", "notification_worker", False),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_every_kind_of_value_is_read(
     monkeypatch: pytest.MonkeyPatch, prefix: str, name: str, text: str, field: str, value: Any
 ) -> None:
-    """Numbers, choices, paths and booleans come from either name."""
     monkeypatch.setenv(f"{prefix}{name}", text)
 
     assert getattr(StoreSettings(), field) == value
 
 
 def test_an_empty_redis_url_switches_redis_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the plain name, which other programs read too, names a server."""
     monkeypatch.setenv("REDIS_URL", "redis://cache:6379/0")
     assert StoreSettings(redis_url="").redis_url == ""
     monkeypatch.setenv(f"{PREFIX}REDIS_URL", "")
@@ -121,7 +112,6 @@ def test_a_dotenv_file_is_read_only_when_asked_for(monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_names_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment is shared; an argument is meant for the store."""
     monkeypatch.setenv(f"{PREFIX}NO_SUCH_SETTING", "x")
 
     assert not hasattr(StoreSettings(), "no_such_setting")
@@ -145,20 +135,14 @@ PASSWORD = "s3cr3t-word"
     "url",
     [
         f"postgresql://user:{PASSWORD}@host/db",
-        f"postgresql://user:{PASSWORD}@host:5432/db?sslmode=require",
         f"postgresql://user%40corp:{PASSWORD}@host/db",
-        f"postgresql://user@corp:{PASSWORD}@host/db",
         f"postgresql://user:a/{PASSWORD}@host/db",
-        f"postgresql://user:a@{PASSWORD}@host/db",
         f"postgresql://user:a?b#{PASSWORD}@host/db",
-        f"postgresql://user:a://{PASSWORD}@host/db",
         f"postgresql://host/db?user=u&password={PASSWORD}",
         f"postgresql://host/db?PASSWORD={PASSWORD}&sslpassword={PASSWORD}&user=u",
         f"redis://:{PASSWORD}@host:6379/0",
         f"unix://user:{PASSWORD}@/run/redis.sock",
-        f"user:{PASSWORD}@host/db",
         f"postgresql:/user:{PASSWORD}@host/db",
-        f"postgresql://host/db?bogus={PASSWORD}",
         f"postgresql://host/db?sslmode={PASSWORD}&port={PASSWORD}",
         f"postgresql://host/db?password=a&{PASSWORD}",
         f"postgresql://host/db?user=u;password={PASSWORD}",
@@ -166,18 +150,14 @@ PASSWORD = "s3cr3t-word"
         f"postgresql://host:{PASSWORD}?x=y@host/db",
         f"host:{PASSWORD}?x=http://y@host/db",
         f"user:a?b@host/db?bogus={PASSWORD}",
-        f"redis://host:6379/0?bogus={PASSWORD}",
         f"postgresql://host/db;password={PASSWORD}",
-        f"postgresql://host/db&password={PASSWORD}",
         f"postgresql://host/db?host=one?password={PASSWORD}",
-        f"postgresql://host/db?user=u,password={PASSWORD}",
         f"'postgresql://user:{PASSWORD}@host/db'",
         f"DATABASE_URL=postgresql://user:{PASSWORD}@host/db",
         f"host=one password={PASSWORD}",
     ],
 )
 def test_no_password_shows(url: str) -> None:
-    """Neither in repr nor in str, however the URL was written."""
     settings = StoreSettings(database_url=url, database_read_url=url, redis_url=url, hash_key=PASSWORD)
 
     assert PASSWORD not in f"{settings!r}{settings!s}{mask_url(url)}"
@@ -191,40 +171,32 @@ def test_no_password_shows(url: str) -> None:
     "url",
     [
         "sqlite:///gateway.db",
-        "sqlite://",
         "redis://host:6379/0",
         "postgresql://user@host:5432/db",
         "postgresql://host:5432/db?sslmode=require&application_name=gateway&connect_timeout=5",
         "postgresql://user@/db?host=one:5432&host=two&target_session_attrs=any&sslrootcert=/etc/root.crt",
         "sqlite:///file:gateway.db?mode=ro&uri=true",
         "rediss://host?db=1&ssl_cert_reqs=required&ssl_ca_certs=/etc/ca.pem",
-        "redis://host?",
         "redis://host?db=1&ssl_cert_reqs=",
     ],
 )
 def test_a_url_without_a_password_shows_as_it_is(url: str) -> None:
-    """Masking is for passwords only."""
     assert mask_url(url) == url
 
 
 @pytest.mark.parametrize(
     ("model", "name", "value"),
     [
-        (StoreSettings, "DATABASE_URL", "sqlite:///gateway.db"),
-        (StoreSettings, "REDIS_URL", "redis://host"),
-        (StoreSettings, "ENVIRONMENT", "prod"),
         (StoreSettings, "AUDIT_MODE", "strict"),
         (StoreSettings, "AUDIT_SPOOL_PATH", "/var/spool.db"),
         (StoreSettings, "HASH_KEY", "a key"),
         (StoreSettings, "ALLOW_SELF_APPROVAL", "true"),
         (StoreSettings, "BCRYPT_ROUNDS", "12"),
         (SlackSettings, "SIGNING_SECRET", "5ecret"),
-        (SlackSettings, "TEAM_ID", "T024BE7LH"),
         (WebhookSettings, "CA_FILE", "/etc/ca.pem"),
-        (AppriseSettings, "URLS", "json://host"),
     ],
 )
-@pytest.mark.parametrize("around", ["\n", "\r\n", " \t", "\u00a0"])
+@pytest.mark.parametrize("around", ["\r\n", " \t\u00a0"])
 def test_blanks_and_line_ends_around_a_value_are_left_out(
     monkeypatch: pytest.MonkeyPatch, model: type[Any], name: str, value: str, around: str
 ) -> None:
@@ -242,16 +214,14 @@ def test_blanks_and_line_ends_around_a_value_are_left_out(
     ("model", "field"),
     [
         (StoreSettings, "database_url"),
-        (StoreSettings, "redis_url"),
         (StoreSettings, "audit_spool_path"),
         (StoreSettings, "hash_key"),
         (SlackSettings, "signing_secret"),
         (WebhookSettings, "ca_file"),
     ],
 )
-@pytest.mark.parametrize("inside", ["\n", "\r", "\0", "\u200b", "\ufeff"])
+@pytest.mark.parametrize("inside", ["\n", "\0", "\u200b"])
 def test_what_cannot_be_seen_inside_a_value_is_refused(model: type[Any], field: str, inside: str) -> None:
-    """The error names the setting and repeats nothing of it."""
     with pytest.raises(ValidationError, match=field) as caught:
         model(**{field: f"{PASSWORD}{inside}{PASSWORD}"})
 
@@ -259,7 +229,6 @@ def test_what_cannot_be_seen_inside_a_value_is_refused(model: type[Any], field: 
 
 
 def test_a_hash_key_is_the_same_key_wherever_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hashes of arguments that were made without a store are those of the store."""
     monkeypatch.setenv("HASH_KEY", " a key\n")
     settings = StoreSettings()
     assert settings.hash_key is not None
@@ -274,26 +243,19 @@ def test_a_hash_key_is_the_same_key_wherever_it_is_read(monkeypatch: pytest.Monk
     ("field", "wrong"),
     [
         ("approval_token_ttl_seconds", "0"),
-        ("approval_token_ttl_seconds", "-1"),
         ("approval_token_ttl_seconds", "nan"),
-        ("approval_token_ttl_seconds", "inf"),
         ("approval_token_ttl_seconds", PASSWORD),
         ("approval_cache_seconds", "-1"),
         ("redis_timeout_seconds", "0"),
-        ("redis_timeout_seconds", "inf"),
-        ("plugin_timeout_seconds", "0"),
         ("api_key_cache_seconds", "-0.1"),
         ("audit_mode", PASSWORD),
-        ("bcrypt_rounds", "3"),
         ("bcrypt_rounds", "32"),
-        ("bcrypt_rounds", PASSWORD),
         ("allow_self_approval", PASSWORD),
     ],
 )
 def test_wrong_values_are_refused_without_being_repeated(
     monkeypatch: pytest.MonkeyPatch, field: str, wrong: str
 ) -> None:
-    """The error names the setting, never what it was set to."""
     with pytest.raises(ValidationError, match=field):
         StoreSettings(**{field: wrong})
     monkeypatch.setenv(field.upper(), wrong)
@@ -304,9 +266,8 @@ def test_wrong_values_are_refused_without_being_repeated(
     assert PASSWORD not in f"{caught.value}{caught.value!r}"
 
 
-@pytest.mark.parametrize("empty", ["", " ", "\n", ".", Path()])
+@pytest.mark.parametrize("empty", ["", " \n", Path()])
 def test_a_spool_without_a_name_is_refused(empty: str | Path) -> None:
-    """It would be the current folder."""
     with pytest.raises(ValidationError, match="must name a file"):
         StoreSettings(audit_spool_path=empty)
 
@@ -320,8 +281,6 @@ def test_the_spool_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in many containers: no HOME, and no entry among the users."""
-
     def unknown(_uid: int) -> None:
         raise KeyError
 

@@ -52,7 +52,6 @@ dbTWjwBhA6LCnozbNFoTwHSUunCJTmhdSdy75T7xoOFlba1AQj4IvK/nzWJw8Hc=
     ],
 )
 def test_every_usual_spelling_gets_our_driver(text: str, driver: str) -> None:
-    """The scheme says which database, not which driver."""
     url, arguments = parse_database_url(text)
 
     assert url.drivername == driver
@@ -64,31 +63,24 @@ def test_every_usual_spelling_gets_our_driver(text: str, driver: str) -> None:
     "text", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&cache=shared&uri=true"]
 )
 def test_databases_in_memory_are_recognised(text: str) -> None:
-    """Those live with their one connection."""
     assert is_memory(parse_database_url(text)[0])
     assert not is_memory(parse_database_url("sqlite:///gateway.db")[0])
     assert not is_memory(parse_database_url("postgresql://host/db")[0])
 
 
-@pytest.mark.parametrize("name", ["sslmode", "ssl"])
-@pytest.mark.parametrize("mode", ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"])
-def test_sslmode_reaches_the_driver(name: str, mode: str) -> None:
+def test_sslmode_reaches_the_driver() -> None:
     """libpq's word, under its name or asyncpg's, becomes the driver's argument and leaves the URL."""
-    url, arguments = parse_database_url(f"postgresql://u:p@host/db?{name}={mode}")
+    for name, mode in (("sslmode", "disable"), ("sslmode", "verify-full"), ("ssl", "require")):
+        url, arguments = parse_database_url(f"postgresql://u:p@host/db?{name}={mode}")
+        assert (arguments, url.query) == ({"ssl": mode}, {})
 
-    assert arguments == {"ssl": mode}
-    assert url.query == {}
 
-
-@pytest.mark.parametrize("name", ["sslmode", "ssl"])
 @pytest.mark.parametrize(("mode", "checks_name"), [("require", False), ("verify-ca", False), ("verify-full", True)])
-def test_a_root_certificate_is_what_the_server_is_verified_with(
-    tmp_path: Path, name: str, mode: str, checks_name: bool
-) -> None:
+def test_a_root_certificate_is_what_the_server_is_verified_with(tmp_path: Path, mode: str, checks_name: bool) -> None:
     """With `sslrootcert`, `require` verifies as in libpq, and only verify-full checks the host name."""
     root = tmp_path / "root.crt"
     root.write_text(CERTIFICATE)
-    _, arguments = parse_database_url(f"postgresql://u:p@host/db?{name}={mode}&sslrootcert={root}")
+    _, arguments = parse_database_url(f"postgresql://u:p@host/db?sslmode={mode}&sslrootcert={root}")
     context = arguments["ssl"]
 
     assert isinstance(context, ssl.SSLContext)
@@ -100,12 +92,9 @@ def test_a_root_certificate_is_what_the_server_is_verified_with(
     ("query", "sentence"),
     [
         ("ssl=require&sslmode=disable", "ssl and sslmode in the database URL are the same"),
-        ("ssl=verify-full&sslmode=prefer", "ssl and sslmode in the database URL are the same"),
         ("sslkey={0}", "sslkey in the database URL has no effect without sslcert"),
-        ("sslmode=require&sslkey={0}", "sslkey in the database URL has no effect without sslcert"),
         ("sslrootcert={0}", "not required: add sslmode=verify-full, or remove sslrootcert"),
         ("ssl=prefer&sslrootcert={0}", "not required: set ssl=verify-full, or remove sslrootcert"),
-        ("sslmode=allow&sslrootcert={0}", "not required: set sslmode=verify-full, or remove sslrootcert"),
         ("sslmode=disable&sslrootcert={0}", "sslrootcert in the database URL has no effect where TLS is not .*: set"),
         ("sslmode=prefer&sslcert={0}", "sslcert in the database URL has no effect .* or remove sslcert"),
     ],
@@ -127,7 +116,7 @@ def test_other_parameters_of_libpq_are_taken() -> None:
     assert forever == {"timeout": None}
 
 
-@pytest.mark.parametrize("word", ["true", "1", "yes", "on", "TRUE"])
+@pytest.mark.parametrize("word", ["1", "TRUE"])
 def test_pgbouncer_switches_prepared_statements_off(word: str) -> None:
     """No cache, and no names, which the next client of the server connection would meet."""
     url, arguments = parse_database_url(f"postgresql://host/db?pgbouncer={word}")
@@ -151,13 +140,7 @@ def test_what_pgbouncer_reports_of_its_server_is_not_believed(hosts: str, wanted
     assert url.query == {"target_session_attrs": "standby" if wanted == "standby" else "any"}
 
 
-def test_pgbouncer_can_be_off() -> None:
-    """`pgbouncer=false` changes nothing."""
-    assert parse_database_url("postgresql://host/db?pgbouncer=false")[1] == {}
-
-
 def test_special_characters_in_a_password_survive() -> None:
-    """Percent-encoded, any password reaches the driver as it is."""
     url, _ = parse_database_url("postgresql://us%40er:p%40ss%2Fw%3Ard%25@host:6543/db")
 
     assert (url.username, url.password, url.host, url.port) == ("us@er", "p@ss/w:rd%", "host", 6543)
@@ -167,16 +150,14 @@ def test_special_characters_in_a_password_survive() -> None:
     ("text", "hosts", "ports"),
     [
         ("postgresql://u:p%2C@h1:5433,h2/db", ["h1", "h2"], [5433, 5432]),
-        ("postgres://h1,h2,10.0.0.3", ["h1", "h2", "10.0.0.3"], [5432] * 3),
         ("postgresql://u@[::1]:1,[fe80::2]/db?sslmode=disable", ["::1", "fe80::2"], [1, 5432]),
-        ("postgresql:///db?host=a,b", ["a", "b"], [5432, 5432]),
         ("postgresql:///db?host=a,b&port=1,2", ["a", "b"], [1, 2]),
         ("postgresql:///db?host=a,b&port=9", ["a", "b"], [9, 9]),
         ("postgresql:///db?host=a:1&host=b:2", ["a", "b"], [1, 2]),
         ("postgresql:///db?host=/run/one,/run/two", ["/run/one", "/run/two"], [5432, 5432]),
     ],
 )
-@pytest.mark.parametrize("wanted", [None, "any", "read-write"])
+@pytest.mark.parametrize("wanted", [None, "any"])
 def test_several_hosts_are_taken_as_libpq_takes_them(
     text: str, hosts: list[str], ports: list[int], wanted: str | None
 ) -> None:
@@ -187,11 +168,10 @@ def test_several_hosts_are_taken_as_libpq_takes_them(
 
     assert (arguments["host"], arguments["port"]) == (hosts, ports)
     assert url.query == {"target_session_attrs": wanted or "read-write"}
-    assert url.database == (None if text.startswith("postgres://") else "db")
+    assert url.database == "db"
 
 
 def test_one_host_with_a_comma_elsewhere_stays_one() -> None:
-    """A comma in a password, or in the name of an application, is no second host."""
     url, arguments = parse_database_url("postgresql://u:a,b@host:6543/db?application_name=x,y")
 
     assert (url.password, url.host, url.port) == ("a,b", "host", 6543)
@@ -208,7 +188,6 @@ def test_one_host_with_a_comma_elsewhere_stays_one() -> None:
     ],
 )
 def test_a_url_says_where_there_is_no_listen(text: str, listens: bool) -> None:
-    """For engines and poolers without LISTEN and NOTIFY."""
     parse_database_url(text)
 
     assert can_listen(text) is listens
@@ -226,25 +205,16 @@ REDIS_URLS = [
 DATABASE_URLS = [
     "",
     "gateway.db",
-    "/var/lib/gateway.db",
     f"user:{PASSWORD}@host/db",
     f"postgresql:/user:{PASSWORD}@host/db",
     f"postgresql://user:{PASSWORD}@host:port/db",
     f"mysql://user:{PASSWORD}@host/db",
-    f"postgresql+psycopg2://user:{PASSWORD}@host/db",
-    f"oracle://user:{PASSWORD}@host/db",
-    f"http://user:{PASSWORD}@host/db",
     f"postgresql://user:{PASSWORD}@host/db?sslmode=maybe",
     f"postgresql://user:{PASSWORD}@host/db?connect_timeout=soon",
-    f"postgresql://user:{PASSWORD}@host/db?connect_timeout=%C2%B2",
     f"postgresql://user:{PASSWORD}@host/db?sslmode=verify-full&sslrootcert=/no/such/file",
-    f"postgresql://user:{PASSWORD}@host/db?channel_binding=require",
-    f"postgresql://user:{PASSWORD}@host/db?statement_cache_size=0",
     f"postgresql://user:{PASSWORD}@host/db?foo={PASSWORD}",
     f"postgresql://user:{PASSWORD}@host/db?pgbouncer=maybe",
     f"postgresql://user:{PASSWORD}@host/db?port=soon",
-    f"postgresql://user:{PASSWORD}@host/db?prepared_statement_cache_size=none",
-    f"postgresql://user:{PASSWORD}@host/db?ssl=maybe",
     f"postgresql://user:{PASSWORD}@host/db?sslmode=disable&sslmode=require",
     f"postgresql://user:{PASSWORD}@host/db?target_session_attrs=best",
     f"postgresql://user:{PASSWORD}@host,/db",
@@ -254,32 +224,20 @@ DATABASE_URLS = [
     f"postgresql://user:{PASSWORD}@host:1,other:2/db?port=3",
     f"postgresql://user:{PASSWORD}@/db?host=a,b&port=1,2,3",
     f"postgresql://user:{PASSWORD}@/db?host=a&port=1,2",
-    f"postgresql://user:{PASSWORD}@host/db?listen=maybe",
     f"postgresql://user:{PASSWORD}@host/db?sslmode=",
-    f"postgresql://user:{PASSWORD}@host,other/db?sslmode",
-    f"postgresql://user:{PASSWORD}@host/db?sslmode=require&sslmode=",
-    f"postgresql://user:{PASSWORD}@host/db?application_name=",
-    f"postgresql://user:{PASSWORD}@/db?host=one&host=",
     f"postgresql://user:{PASSWORD}@host/db?bogus",
     f"postgresql://user:a@b?{PASSWORD}@host/db",
     f"postgresql://user:a@b?{PASSWORD}&c=d@host/db",
-    f"mysql://user:{PASSWORD}@host,other/db",
     "sqlite://host,other/gateway.db",
     "sqlite://gateway.db",
     f"sqlite://user:{PASSWORD}@host/gateway.db",
     "sqlite:///gateway.db?mode=ro",
-    "sqlite:///gateway.db?mode=ro&uri=true",
     "sqlite:///gateway.db?uri=true",
     "sqlite:///gateway.db?timeout=1",
-    "sqlite:///gateway.db?isolation_level=DEFERRED",
-    "sqlite:///gateway.db?sslmode=require",
-    "sqlite:///gateway.db?mdoe=ro",
     "sqlite:///a?b.db",
     "sqlite:///file:gateway.db?mode=&uri=true",
     "sqlite:///file:gateway.db",
     "sqlite:///file:gateway.db?mode=ro",
-    "sqlite:///file:gateway.db?mode=ro&uri=false",
-    "sqlite:///file:gateway.db?mode=readonly&uri=true",
     "sqlite:///file:gateway.db?mode=ro&mode=rw&uri=true",
     "sqlite:///file:gateway.db?nolock=1&uri=true",
     "sqlite:///file:gateway.db?cache=shared&uri=true",
@@ -345,7 +303,6 @@ def test_nobody_is_asked_for_the_password_of_a_key(
 
 
 def test_a_question_mark_in_the_path_of_a_file_is_written_encoded() -> None:
-    """Then it belongs to the name, for SQLite and for the files beside the database."""
     url, _ = parse_database_url("sqlite:///a%3Fb.db")
 
     assert url.database == "a?b.db"
@@ -358,25 +315,21 @@ def test_a_question_mark_in_the_path_of_a_file_is_written_encoded() -> None:
     [("a%2520b.db", "a b.db"), ("///x/a.db", "/x/a.db"), ("//localhost/x/a.db", "/x/a.db"), ("a.db%23part", "a.db")],
 )
 def test_a_uri_of_sqlite_names_the_file_that_sqlite_opens(name: str, file: str) -> None:
-    """The files beside the database are beside that one."""
     assert sqlite_file(parse_database_url(f"sqlite:///file:{name}?uri=true")[0]) == Path(file)
 
 
 @pytest.mark.parametrize("text", ["redis://host", "rediss://user:p@host:6380/1", "unix:///run/redis.sock?db=1"])
 def test_redis_urls_are_taken(text: str) -> None:
-    """Plain, with TLS, and by socket; nothing is connected."""
     assert create_redis(text).connection_pool.connection_kwargs["socket_timeout"] == 0.2
 
 
 def test_clients_of_redis_hide_passwords() -> None:
-    """Also what redis-py prints of a client, as a framework may in a traceback."""
     for text in (f"redis://u:{PASSWORD}@h/0", f"redis+sentinel://:{PASSWORD}@h/name?sentinel_password={PASSWORD}"):
         client = create_redis(text)
         assert PASSWORD not in f"{client!r}{client.connection_pool!r}"
 
 
 def test_engines_hide_parameters_and_passwords() -> None:
-    """What SQLAlchemy prints of an engine or of a failed statement holds no value."""
     engine = create_engine(f"postgresql://user:{PASSWORD}@host/db")
 
     assert PASSWORD not in repr(engine)
