@@ -18,51 +18,6 @@ pytestmark = pytest.mark.unit
 PREFIX = "AGENT_GATEWAY_STORE_"
 
 
-def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an empty environment a store is embedded, without Redis, in the default modes."""
-    monkeypatch.delenv("AUDIT_SPOOL_PATH")
-    monkeypatch.delenv("BCRYPT_ROUNDS")
-    monkeypatch.delenv("APPROVAL_MAX_PENDING")
-    settings = StoreSettings()
-
-    assert settings.audit_spool_path.name == "spool.db"
-    assert settings.audit_spool_path.is_absolute()
-    assert settings.model_dump(exclude={"audit_spool_path"}) == {
-        "database_url": "sqlite+aiosqlite:///gateway.db",
-        "database_read_url": None,
-        "database_pool_size": 43,
-        "redis_url": None,
-        "environment": "dev",
-        "approval_token_ttl_seconds": 3600,
-        "acquire_decision_seconds": 86_400,
-        "approval_denial_seconds": 300,
-        "approval_max_pending": 100,
-        "approval_cache_seconds": 2,
-        "audit_mode": "spool",
-        "audit_retention_floor_days": 183,
-        "audit_seal_seconds": 60,
-        "audit_signing_key": None,
-        "audit_log_origin": "agent-gateway-store.local",
-        "redis_timeout_seconds": 0.2,
-        "plugin_timeout_seconds": 5,
-        "bcrypt_rounds": 10,
-        "api_key_cache_seconds": 30,
-        "hash_key": None,
-        "allow_self_approval": False,
-        "otel_enabled": False,
-        "freeze_after_open": False,
-        "notification_worker": True,
-        "notification_concurrency": 8,
-        "notification_max_attempts": 15,
-        "notification_poll_seconds": 1,
-        "console_roles": "admin,approver",
-        "console_session_seconds": 28_800,
-        "console_url": None,
-        "console_trusted_proxies": None,
-        "console_require_note": False,
-    }
-
-
 def test_the_prefix_wins_and_an_argument_wins_over_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENVIRONMENT", "plain")
     assert StoreSettings().environment == "plain"
@@ -70,25 +25,6 @@ def test_the_prefix_wins_and_an_argument_wins_over_both(monkeypatch: pytest.Monk
     assert StoreSettings().environment == "prefixed"
 
     assert StoreSettings(environment="argument").environment == "argument"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "field", "value"),
-    [
-        ("APPROVAL_TOKEN_TTL_SECONDS", "60", "approval_token_ttl_seconds", 60),
-        ("AUDIT_MODE", "strict", "audit_mode", "strict"),
-        ("AUDIT_SPOOL_PATH", "/var/spool.db", "audit_spool_path", Path("/var/spool.db")),
-        ("REDIS_TIMEOUT_SECONDS", "0.5", "redis_timeout_seconds", 0.5),
-        ("ALLOW_SELF_APPROVAL", "true", "allow_self_approval", True),
-    ],
-)
-@pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_every_kind_of_value_is_read(
-    monkeypatch: pytest.MonkeyPatch, prefix: str, name: str, text: str, field: str, value: Any
-) -> None:
-    monkeypatch.setenv(f"{prefix}{name}", text)
-
-    assert getattr(StoreSettings(), field) == value
 
 
 def test_an_empty_redis_url_switches_redis_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,12 +80,12 @@ def test_a_root_certificate_is_what_the_server_is_verified_with(tmp_path: Path, 
     """With `sslrootcert`, `require` verifies as in libpq, and only verify-full checks the host name."""
     root = tmp_path / "root.crt"
     root.write_text(CERTIFICATE)
-    _, arguments = parse_database_url(f"postgresql://u:p@host/db?sslmode={mode}&sslrootcert={root}")
-    context = arguments["ssl"]
-
-    assert isinstance(context, ssl.SSLContext)
-    assert (context.verify_mode is ssl.CERT_REQUIRED, context.check_hostname) == (True, checks_name)
-    assert len(context.get_ca_certs()) == 1
+    for name in ("sslmode", "ssl"):
+        _, arguments = parse_database_url(f"postgresql://u:p@host/db?{name}={mode}&sslrootcert={root}")
+        context = arguments["ssl"]
+        assert isinstance(context, ssl.SSLContext)
+        assert (context.verify_mode is ssl.CERT_REQUIRED, context.check_hostname) == (True, checks_name)
+        assert len(context.get_ca_certs()) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_gateway_store.errors import StoreUnavailableError
 from agent_gateway_store.storage.database import Database, read_committed
-from agent_gateway_store.storage.errors import sqlstate_of, translate_errors
+from agent_gateway_store.storage.errors import translate_errors
 from agent_gateway_store.storage.files import FILE_MODE, create_database_file, create_file, is_of_another_user
 from agent_gateway_store.storage.urls import real_sqlite_file
 
@@ -25,13 +24,11 @@ FOLDER_LOCK = ".lock"
 """The file by which a folder is locked: readers of data sets pass over names that begin with a dot."""
 
 POLL_S = 0.01
-"""Seconds between two tries to lock a file. Chosen: a person notices no such wait."""
-# PostgreSQL's lock_not_available: lock_timeout ended the wait.
-_NOT_AVAILABLE = "55P03"
+"""Seconds between two tries to take a lock. Chosen: a person notices no such wait."""
 # Idle while others work: the server's limits are meant for other transactions.
-_LIMITS = """
-SELECT set_config(name, CASE name WHEN 'lock_timeout' THEN '{wait_ms}ms' ELSE '0' END, true) FROM pg_settings
-WHERE name IN ('lock_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
+_NO_LIMITS = """
+SELECT set_config(name, '0', true) FROM pg_settings
+WHERE name IN ('idle_in_transaction_session_timeout', 'transaction_timeout')
 """
 
 StillHeld: TypeAlias = Callable[[], Awaitable[None]]
@@ -95,15 +92,14 @@ class ExclusiveLock:
     async def _advisory(self) -> AsyncIterator[StillHeld]:
         with translate_errors("be locked against other processes"):
             async with detached(self._database.engine) as connection:
-                # The shortest limit is a millisecond; 0 would be none.
-                wait_ms = max(1, round(self._wait_s * 1000))
-                await connection.execute(text(_LIMITS.format(wait_ms=wait_ms)))
-                try:
-                    await connection.execute(text(f"SELECT pg_advisory_xact_lock({self._key})"))
-                except DBAPIError as exc:
-                    if sqlstate_of(exc) == _NOT_AVAILABLE:
-                        raise StoreUnavailableError(f"{self._busy}: try again.") from exc
-                    raise
+                await connection.execute(text(_NO_LIMITS))
+                deadline = asyncio.get_running_loop().time() + self._wait_s
+                taken = text(f"SELECT pg_try_advisory_xact_lock({self._key})")
+                # Polled: a wait that ends by lock_timeout is an error in the server's log.
+                while not (await connection.execute(taken)).scalar():
+                    if asyncio.get_running_loop().time() >= deadline:
+                        raise StoreUnavailableError(f"{self._busy}: try again.")
+                    await asyncio.sleep(POLL_S)
 
                 async def still_held() -> None:
                     await connection.execute(text("SELECT 1"))
