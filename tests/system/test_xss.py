@@ -38,6 +38,7 @@ def texts_of(record: type[Any], payload: str) -> dict[str, Any]:
 
 
 def event(payload: str) -> AuditEvent:
+    """An event that is hostile in every field."""
     return make_event(
         **texts_of(AuditEvent, payload),
         sanitized_args={payload: [payload, {payload: payload}]},
@@ -49,6 +50,7 @@ def event(payload: str) -> AuditEvent:
 
 
 def approval(payload: str) -> ApprovalRequest:
+    """An approval that is hostile in every field."""
     return ApprovalRequest(
         **texts_of(ApprovalRequest, payload),
         tool_call=ToolCall(server=payload, tool=payload, arguments={payload: payload}),
@@ -60,6 +62,7 @@ def approval(payload: str) -> ApprovalRequest:
 
 
 def key(payload: str) -> ApiKey:
+    """An API key that is hostile in every field."""
     return ApiKey(**texts_of(ApiKey, payload), trust_level=TrustLevel.LOW)
 
 
@@ -76,8 +79,11 @@ class Listing:
     """A store whose approvals are hostile; nothing else of it is used."""
 
     class approvals:  # noqa: N801  stands for an attribute
+        """As `store.approvals`."""
+
         @staticmethod
         def list_requests(status: str, limit: int) -> Page[ApprovalRequest]:
+            """All of them."""
             return Page([approval(payload) for payload in PAYLOADS])
 
 
@@ -90,6 +96,7 @@ def inbox() -> Inbox:
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[tuple[Tab, Seen]]:
+    """A tab of one browser, and what it did."""
     with browser() as (context, seen):
         yield context.new_page(), seen
 
@@ -139,6 +146,7 @@ def test_tables_are_harmless(name: str, tab: tuple[Tab, Seen], tmp_path: Path) -
 
 
 def test_cards_are_harmless(tab: tuple[Tab, Seen], tmp_path: Path) -> None:
+    """The card of one event, approval, key and result for each payload."""
     cards = []
     for payload in PAYLOADS:
         result = ApprovalResult(approval_id=approval("x").approval_id, status=ApprovalStatus.DENIED, note=payload)
@@ -155,8 +163,10 @@ CHARTS: dict[str, Callable[[Any], Any]] = {
     "timeline": lambda frame: plot.timeline(frame.assign(decision=pd.Series(PAYLOADS, dtype="object")), title=TITLE),
     "calls": lambda frame: plot.calls(frame, title=TITLE),
     "latency": lambda frame: plot.latency(frame, title=TITLE),
+    "latency-by": lambda frame: plot.latency(frame, by="tool_name"),
     "latency-stats": lambda _: plot.latency(stats(), title=TITLE),
     "risk": lambda frame: plot.risk(frame, title=TITLE),
+    "risk-stats": lambda _: plot.risk(stats()),
     "waiting": lambda _: plot.waiting(Page([approval(payload) for payload in PAYLOADS]), title=TITLE),
     "empty": lambda frame: plot.calls(frame[:0], title=TITLE),
 }
@@ -178,6 +188,7 @@ def test_charts_are_harmless(name: str, tab: tuple[Tab, Seen], tmp_path: Path) -
 
 
 def test_the_trap_works(tab: tuple[Tab, Seen], tmp_path: Path) -> None:
+    """The same payloads unescaped do run and do ask, so that silence means something."""
     page, seen = tab
     ran, asked = 0, 0
     for payload in PAYLOADS[:24]:
