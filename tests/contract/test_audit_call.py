@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import anyio
 import pytest
+from contract_helpers import POSTGRES
 from pydantic import ValidationError
 
 from agent_gateway_store import (
@@ -29,6 +30,11 @@ from cases import cases
 
 class Broken(Exception):
     """What a tool raises."""
+
+
+# As frameworks raise it for a tool that took too long; the same error each time, as of a task that several wait for.
+LATE = RuntimeError()
+LATE.__cause__ = TimeoutError()
 
 
 async def only(store: GatewayStore) -> AuditEvent:
@@ -77,11 +83,7 @@ async def test_a_call_leaves_one_event(store: GatewayStore) -> None:
     }
 
 
-# As frameworks raise it for a tool that took too long.
-LATE = Broken("late")
-LATE.__cause__ = TimeoutError()
-
-
+@POSTGRES
 @cases(
     ("raised", "status"),
     [
@@ -104,6 +106,7 @@ async def test_what_is_raised_is_recorded_and_raised_on(
     assert stored.execution_status == (status if decision.endswith("ALLOW") else None)
 
 
+@POSTGRES
 @cases("status", ["TOOL_ERROR", None])
 async def test_the_body_has_the_last_word(store: GatewayStore, status: Any) -> None:
     """A tool that answers with an error raises nothing, and one that goes on elsewhere has not ended."""
@@ -120,6 +123,7 @@ def dict_of_path(_call: ToolCall) -> dict[str, Any]:
     return {"path": "…"}
 
 
+@POSTGRES
 async def test_a_cancelled_call_is_recorded(store: GatewayStore) -> None:
     """Cancelled once, and once more while its event is written."""
     begun = asyncio.Event()
@@ -138,11 +142,6 @@ async def test_a_cancelled_call_is_recorded(store: GatewayStore) -> None:
         await task
     await store.audit.flush()
     assert (await only(store)).execution_status == "CANCELLED"
-
-
-# The same error each time, as of a task that several wait for.
-LATE = RuntimeError()
-LATE.__cause__ = TimeoutError()
 
 
 class Caller:
@@ -224,6 +223,7 @@ async def in_an_ended_scope(_before: Callable[[], Awaitable[None]], call: Callab
         await call()
 
 
+@POSTGRES
 @cases(
     ("around", "before", "tool", "status"),
     [
@@ -260,6 +260,7 @@ async def test_what_happens_around_a_call_is_not_how_it_ends(
     assert stored.execution_status == status
 
 
+@POSTGRES
 @cases("mode", ["spool", "strict"])
 async def test_a_call_that_outlives_its_store_is_lost_in_the_log(
     database_url: str, caplog: pytest.LogCaptureFixture, mode: str
@@ -283,6 +284,7 @@ async def test_a_call_that_outlives_its_store_is_lost_in_the_log(
     caplog.clear()
 
 
+@POSTGRES
 async def test_a_decorator_records_each_call(store: GatewayStore) -> None:
     """Of a coroutine function; what is none is refused before it runs, and one call is not recorded twice."""
     record = store.audit.call(CALL, CALLER, decision="ALLOW")
@@ -305,8 +307,8 @@ async def test_a_decorator_records_each_call(store: GatewayStore) -> None:
             await record.__aenter__()
 
 
+@POSTGRES
 async def test_arguments_are_hashed_under_the_key_of_the_store(database_url: str) -> None:
-    """HASH_KEY of this store's settings."""
     settings = StoreSettings(hash_key="a secret")  # type: ignore[arg-type]
     async with GatewayStore(database_url, redis_url="", settings=settings) as store:
         async with store.audit.call(CALL, CALLER, decision="ALLOW"):
@@ -315,15 +317,16 @@ async def test_arguments_are_hashed_under_the_key_of_the_store(database_url: str
         assert (await only(store)).raw_args_hash == store.hash_args(CALL.arguments) == expected
 
 
+@POSTGRES
 @cases("wrong", [{"decision": "PERHAPS"}, {"no_such_field": 1}, {"risk_score": "high"}])
 async def test_a_wrong_field_stops_the_call(store: GatewayStore, wrong: dict[str, Any]) -> None:
-    """Before the body runs."""
     with pytest.raises(ValidationError):
         async with store.audit.call(CALL, CALLER, **({"decision": "ALLOW"} | wrong)):
             pytest.fail("the call ran")
     assert not await store.audit.list_recent()
 
 
+@POSTGRES
 async def test_an_intent_is_stored_before_the_body_runs(store: GatewayStore) -> None:
     """The outcome keeps the call's request id and names the intent, which keeps the parent that was given."""
     given: dict[str, Any] = {"request_id": "r-1", "parent_request_id": "outer", "extra": {"span": "1"}}
@@ -361,9 +364,8 @@ async def test_orphans_are_intents_of_this_organisation_that_nothing_ended(store
         await store.audit.orphans(limit=0)
 
 
+@POSTGRES
 async def test_a_call_whose_intent_is_lost_does_not_run(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing would say that it ran."""
-
     async def lost(_event: AuditEvent) -> str:
         return "LOST"
 
@@ -373,8 +375,8 @@ async def test_a_call_whose_intent_is_lost_does_not_run(store: GatewayStore, mon
             pytest.fail("the call ran")
 
 
+@POSTGRES
 def test_the_blocking_twin_records_a_call(database_url: str) -> None:
-    """`with store.audit.call(...)`, whatever is raised inside."""
     with SyncGatewayStore(database_url, redis_url="") as store:
         with store.audit.call(CALL, CALLER, decision="ALLOW", intent=True) as event:
             event.risk_labels = ["seen"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,17 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from contract_helpers import POSTGRES
 from pyarrow import parquet
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings
 from agent_gateway_store.audit import writes
 from agent_gateway_store.errors import AuditUnavailableError
 from builders import make_event
+from cases import cases
 from tampering import tamper
+
+pytestmark = POSTGRES
 
 
 async def _exported(store: GatewayStore, path: Path) -> list[AuditEvent]:
@@ -47,15 +50,13 @@ def _by_duckdb(path: Path) -> None:
     Path(f"{path}.copy").replace(path)
 
 
-@pytest.mark.parametrize("rewritten", [_by_pandas, _by_polars, _by_duckdb])
-async def test_what_another_program_copied_is_the_same_events(
-    store: GatewayStore, tmp_path: Path, rewritten: Callable[[Path], None]
-) -> None:
+async def test_what_another_program_copied_is_the_same_events(store: GatewayStore, tmp_path: Path) -> None:
     """Types of columns may differ, and pandas may add its index."""
-    await _exported(store, tmp_path / "e.parquet")
-    rewritten(tmp_path / "e.parquet")
-
-    assert await store.audit.import_file(tmp_path / "e.parquet") == {"DUPLICATE": 3}
+    path = tmp_path / "e.parquet"
+    await _exported(store, path)
+    for rewritten in (_by_polars, _by_duckdb, _by_pandas):
+        rewritten(path)
+        assert await store.audit.import_file(path) == {"DUPLICATE": 3}, rewritten
 
 
 @pytest.mark.parametrize("name", ["e.jsonl", "e.parquet"])
@@ -123,11 +124,10 @@ async def test_the_file_is_closed_where_its_events_cannot_be_stored(
         assert str(path) not in map(os.path.realpath, Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@cases("packing", [".gz", ".zst"])
 async def test_a_packed_file_that_is_not_whole_is_one_sentence(
     store: GatewayStore, tmp_path: Path, packing: str
 ) -> None:
-    """Cut off, not packed at all, or (gzip) with a wrong checksum."""
     path = tmp_path / f"e.jsonl{packing}"
     await _exported(store, path)
     whole = path.read_bytes()
@@ -192,7 +192,6 @@ async def test_what_was_made_to_fill_the_memory_is_refused(
 
 @pytest.mark.parametrize("name", ["e.jsonl", "e.parquet"])
 async def test_an_import_can_go_on_past_what_it_refuses(store: GatewayStore, tmp_path: Path, name: str) -> None:
-    """Each refused record is reported by its number, and the others are stored."""
     path = tmp_path / name
     await _exported(store, path)
     if name == "e.jsonl":

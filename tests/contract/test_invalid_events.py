@@ -11,11 +11,14 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from contract_helpers import POSTGRES
 from pydantic import ValidationError
 
 from agent_gateway_store import Decision, GatewayStore, RedactionFlag, StoreSettings, clock, errors
 from builders import make_event
 from cases import cases
+
+pytestmark = POSTGRES
 
 INVALID: tuple[dict[str, Any], ...] = (
     {"decision": "MAYBE"},
@@ -81,7 +84,6 @@ async def test_the_strict_mode_refuses_an_invalid_event(database_url: str) -> No
 
 @cases(("given", "kept"), REPAIRED)
 async def test_an_invalid_value_is_replaced_and_flagged(store: GatewayStore, given: dict[str, Any], kept: Any) -> None:
-    """Where the event says the same without it: better than to lose the whole event."""
     assert await store.audit.write(make_event().model_copy(update=given)) == "STORED"
 
     (name,) = given

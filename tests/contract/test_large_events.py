@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from contract_helpers import until
+from contract_helpers import POSTGRES, until
 from sqlalchemy.ext.asyncio import AsyncSession
 
 import agent_gateway_store.audit.writes as writes_module
@@ -15,12 +15,12 @@ from agent_gateway_store.audit.record import encode_event, hash_of
 from builders import make_event
 from proofs.harness import stored_events
 
+pytestmark = POSTGRES
 STORED, LOST = WriteOutcome.STORED, WriteOutcome.LOST
-
 LARGE: dict[str, dict[str, Any]] = {
-    "text": {"llm_explanation": "\0\ud800\u00e9" * 100_000},
-    "argument": {"sanitized_args": {"a": "\0\ud83d\ude00" * 100_000}},
-    "items": {"sanitized_args": {"a": ["\0"] * 20_000}},
+    "text": {"llm_explanation": "\0\ud800\u00e9" * 40_000},
+    "argument": {"sanitized_args": {"a": "\0\ud83d\ude00" * 40_000}},
+    "items": {"sanitized_args": {"a": ["\0"] * 5_000}},
     "names": {"extra": {f"n{number}": "\0" for number in range(2_000)}},
     "labels": {"risk_labels": ["\0x"] * 2_000},
     "nested": {"sanitized_args": {"a": [{"b": ["\0"]} for _ in range(2_000)]}},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
-from contract_helpers import approved, column, idle, until
+from contract_helpers import POSTGRES, approved, column, idle, until
 
 from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.audit.doors import renew_identity
@@ -17,23 +17,49 @@ from agent_gateway_store.models.evidence import FindingKind
 from agent_gateway_store.models.values import ApprovalStatus
 from agent_gateway_store.testing import RecordingNotifier
 from builders import CALL, CALLER, make_event, make_request
+from cases import cases
 from tampering import tamper
 
 NOTICES = "notification_deliveries"
 SETTINGS = StoreSettings(audit_seal_seconds=0)
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+# A time of PostgreSQL, whose years go on to 294276, that Python cannot hold.
+FAR = "'20000-01-01'"
 
 
 async def sealed(store: GatewayStore) -> None:
-    """Write and seal three events."""
     await store.audit.write_many([make_event(request_id=f"r-{number}") for number in range(3)])
     await store.evidence.seal()
 
 
-async def assert_log_refuses(url: str, statement: str, kind: FindingKind, said: str) -> None:
-    """After a statement, `verify` names it, and whoever needs what it changed is told to run that."""
-    async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
+CREATED = "UPDATE audit_checkpoints SET created_at = ", "The checkpoint over 3 events holds no time that can be read."
+
+
+@pytest.mark.parametrize(
+    ("database_url", "statement", "kind", "said"),
+    [
+        *(("sqlite", CREATED[0] + value, FindingKind.ALTERED, CREATED[1]) for value in ("'garbage'", "x'00'", "7")),
+        ("postgres", f"{CREATED[0]}'20000-01-01'", FindingKind.ALTERED, CREATED[1]),
+        (
+            "sqlite",
+            "UPDATE audit_leaves SET leaf_hash = 'text' WHERE position = 2",
+            FindingKind.ALTERED,
+            "is not what was sealed",
+        ),
+        (
+            "postgres",
+            f"UPDATE audit_checkpoints SET size = {2**63 - 1}",
+            FindingKind.TRUNCATED,
+            "over 9,223,372,036,854,775,807 events",
+        ),
+    ],
+    indirect=["database_url"],
+)
+async def test_a_checkpoint_without_a_time_is_seen(
+    database_url: str, statement: str, kind: FindingKind, said: str
+) -> None:
+    """Nor one over all numbers, or a leaf that is no hash: whoever needs what was changed is told to run `verify`."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
         await sealed(store)
         await tamper(store.database.engine, statement)
 
@@ -46,38 +72,7 @@ async def assert_log_refuses(url: str, statement: str, kind: FindingKind, said: 
                 await refused()
 
 
-CREATED = "The checkpoint over 3 events holds no time that can be read."
-
-
-@SQLITE
-@pytest.mark.parametrize("value", ["'garbage'", "x'00'", "7"])
-async def test_a_checkpoint_without_a_time_is_seen(database_url: str, value: str) -> None:
-    """On SQLite a column holds anything."""
-    statement = f"UPDATE audit_checkpoints SET created_at = {value}"
-    await assert_log_refuses(database_url, statement, FindingKind.ALTERED, CREATED)
-
-
 @POSTGRES
-async def test_a_checkpoint_of_a_time_that_python_cannot_hold_is_seen(database_url: str) -> None:
-    """PostgreSQL goes on to the year 294276."""
-    statement = "UPDATE audit_checkpoints SET created_at = '20000-01-01'"
-    await assert_log_refuses(database_url, statement, FindingKind.ALTERED, CREATED)
-
-
-@SQLITE
-async def test_a_leaf_that_holds_text_is_seen(database_url: str) -> None:
-    """No hash of the tree is made of it."""
-    statement = "UPDATE audit_leaves SET leaf_hash = 'text' WHERE position = 2"
-    await assert_log_refuses(database_url, statement, FindingKind.ALTERED, "is not what was sealed")
-
-
-async def test_a_checkpoint_over_all_numbers_is_seen(database_url: str) -> None:
-    """It would be the last one for ever."""
-    statement = f"UPDATE audit_checkpoints SET size = {2**63 - 1}"
-    said = "There was a checkpoint over 9,223,372,036,854,775,807 events"
-    await assert_log_refuses(database_url, statement, FindingKind.TRUNCATED, said)
-
-
 async def test_a_leaf_at_the_last_of_all_positions_stops_sealing_with_one_sentence(database_url: str) -> None:
     """Anybody who may add leaves can put one there; proofs of what was sealed go on."""
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
@@ -115,34 +110,26 @@ ON_SQLITE = {
 }
 
 
-async def assert_others_are_listed(url: str, name: str, value: str) -> None:
-    """One row that somebody altered is flagged, and hides no other; what was altered is not passed off as sealed."""
-    async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
-        await sealed(store)
-        kind = "JSONB" if store.database.dialect == "postgresql" else "TEXT"
-        altered = f"UPDATE audit_events SET {name} = CAST(CAST(:value AS TEXT) AS {kind}) WHERE request_id = 'r-1'"
-        await tamper(store.database.engine, altered, values=[{"value": value}])
+async def test_an_altered_event_hides_no_other(database_url: str) -> None:
+    """JSON that Python does not read, or of another kind than the field holds: flagged, and seen by `verify`."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+        is_postgres = store.database.dialect == "postgresql"
+        altered = UNREADABLE if is_postgres else UNREADABLE | ON_SQLITE
+        await store.audit.write_many([make_event(request_id=each) for each in ("whole", *altered)])
+        await store.evidence.seal()
+        for request_id, (name, value) in altered.items():
+            cast = f"CAST(CAST(:value AS TEXT) AS {'JSONB' if is_postgres else 'TEXT'})"
+            change = f"UPDATE audit_events SET {name} = {cast} WHERE request_id = '{request_id}'"
+            await tamper(store.database.engine, change, values=[{"value": value}])
 
-        found = {each.request_id: each for each in await store.audit.search()}
-        assert sorted(found) == ["r-0", "r-1", "r-2"]
-        assert found["r-1"].redaction_flags == [RedactionFlag(field=name, reason="INVALID")]
-        assert found["r-0"].redaction_flags == found["r-2"].redaction_flags == []
-        shown = check((await store.evidence.prove("r-1")).to_json())
-        assert [each.kind for each in shown.findings] == [FindingKind.ALTERED]
-        assert [each.kind for each in (await store.evidence.verify()).findings] == [FindingKind.ALTERED]
-
-
-@pytest.mark.parametrize(("name", "value"), UNREADABLE.values(), ids=UNREADABLE)
-async def test_an_altered_event_hides_no_other(database_url: str, name: str, value: str) -> None:
-    """JSON that Python does not read, or of another kind than the field holds."""
-    await assert_others_are_listed(database_url, name, value)
-
-
-@SQLITE
-@pytest.mark.parametrize(("name", "value"), ON_SQLITE.values(), ids=ON_SQLITE)
-async def test_what_is_no_json_hides_no_other(database_url: str, name: str, value: str) -> None:
-    """SQLite keeps any text."""
-    await assert_others_are_listed(database_url, name, value)
+        flags = {each.request_id: each.redaction_flags for each in await store.audit.search()}
+        invalid = {each: [RedactionFlag(field=name, reason="INVALID")] for each, (name, _) in altered.items()}
+        assert flags == {"whole": []} | invalid
+        for request_id in altered:
+            shown = check((await store.evidence.prove(request_id)).to_json())
+            assert [each.kind for each in shown.findings] == [FindingKind.ALTERED], request_id
+        found = await store.evidence.verify()
+        assert [each.kind for each in found.findings] == [FindingKind.ALTERED] * len(altered)
 
 
 @SQLITE
@@ -159,58 +146,54 @@ async def test_an_event_of_no_time_is_told_in_one_sentence(database_url: str) ->
 
 
 @SQLITE
-@pytest.mark.parametrize("value", ["'x'", "''", "'$2b$31$' || substr(key_hash, 8)", "key_hash || char(0)"])
-async def test_an_altered_hash_is_that_of_no_key(database_url: str, value: str) -> None:
-    """The key is refused, as any that does not match."""
-    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-        issued = await store.keys.issue("alice", role="dev")
-        await tamper(store.database.engine, f"UPDATE api_keys SET key_hash = {value}")
+@cases("value", ["'x'", "''", "'$2b$31$' || substr(key_hash, 8)", "key_hash || char(0)"])
+async def test_an_altered_hash_is_that_of_no_key(store: GatewayStore, value: str) -> None:
+    issued = await store.keys.issue(uuid4().hex, role="dev")
+    await tamper(store.database.engine, f"UPDATE api_keys SET key_hash = {value}")
 
-        with pytest.raises(InvalidApiKeyError):
-            await store.keys.verify(issued.plaintext)
+    with pytest.raises(InvalidApiKeyError):
+        await store.keys.verify(issued.plaintext)
 
 
-@SQLITE
-@pytest.mark.parametrize(
+@cases(
     ("name", "value"),
     [*((f"{each}_at", "'x'") for each in ("expires", "last_used", "previous_key_expires")),
-     ("key_hash", "x'00'"), ("trust_level", "1.5"), ("role", "CAST(x'ff41' AS TEXT)")],
+     ("key_hash", "x'00'"), ("trust_level", "1.5"), ("role", "CAST(x'ff41' AS TEXT)"), ("expires_at", "'20000-01-01'")],
 )  # fmt: skip
 async def test_an_altered_key_is_told_in_one_sentence_and_can_be_revoked(
-    database_url: str, name: str, value: str
+    store: GatewayStore, name: str, value: str
 ) -> None:
-    """Nobody comes in by it, and it hides no other."""
-    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-        issued = await store.keys.issue("alice", role="dev")
-        await store.keys.issue("bob", role="dev")
-        await tamper(store.database.engine, f"UPDATE api_keys SET {name} = {value} WHERE caller_id = 'alice'")
+    """Nobody comes in by it, and it hides no other. PostgreSQL holds no more than a time that Python cannot."""
+    if (store.database.dialect == "postgresql") is not ("20000" in value):
+        return
+    caller = uuid4().hex
+    issued = await store.keys.issue(caller, role="dev")
+    await tamper(store.database.engine, f"UPDATE api_keys SET {name} = {value} WHERE caller_id = '{caller}'")
 
-        for read in (lambda: store.keys.verify(issued.plaintext), lambda: store.keys.get("alice")):
-            with pytest.raises(
-                UnreadableRowError, match=rf"^Row 1 of api_keys holds what no store writes \({name}\): "
-            ):
-                await read()
-        assert [key.caller_id for key in await store.keys.list()] == ["bob", "alice"]
-        assert not (await store.keys.revoke("alice")).is_active
-        assert await column(store, "is_active", "api_keys WHERE caller_id = 'alice'") == [False]
-
-
-@POSTGRES
-async def test_a_key_of_a_time_that_python_cannot_hold_can_be_revoked(database_url: str) -> None:
-    """The driver refuses to read it."""
-    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-        await store.keys.issue("alice", role="dev")
-        await tamper(store.database.engine, "UPDATE api_keys SET expires_at = '20000-01-01'")
-
-        assert not (await store.keys.revoke("alice")).is_active
-        with pytest.raises(UnreadableRowError, match=r"^Row 1 of api_keys"):
-            await store.keys.get("alice")
+    for read in (lambda: store.keys.verify(issued.plaintext), lambda: store.keys.get(caller)):
+        with pytest.raises(UnreadableRowError, match=rf"^Row \d+ of api_keys holds what no store writes \({name}\): "):
+            await read()
+    assert caller in [key.caller_id for key in await store.keys.list()]
+    assert not (await store.keys.revoke(caller)).is_active
+    assert await column(store, "is_active", f"api_keys WHERE caller_id = '{caller}'") == [False]
 
 
-async def assert_approvals_refuse(url: str, folder: Path, name: str, value: str) -> None:
-    """Rows of approvals that somebody altered release nothing, hide no other, and can be denied."""
+@pytest.mark.parametrize(
+    ("database_url", "name", "value"),
+    [
+        *(("postgres", *each) for each in (("tool_call", "'[]'"), ("expires_at", FAR), ("use_before", FAR))),
+        *(("sqlite", "tool_call", value) for value in ("'7'", "''")),
+        *(("sqlite", *each) for each in (("use_before", "'x'"), ("created_at", "7"), ("risk_explanation", "x'ff00'"))),
+        ("sqlite", "risk_explanation", "CAST(x'ff41' AS TEXT)"),
+    ],
+    indirect=["database_url"],
+)
+async def test_an_altered_approval_releases_nothing_and_hides_no_other(
+    database_url: str, tmp_path: Path, name: str, value: str
+) -> None:
+    """And can be denied; its time may be one that Python cannot hold, and SQLite keeps anything."""
     said = rf"^Row \d+ of approval_requests holds what no store writes \({name}\): restore it from a backup\.$"
-    async with GatewayStore(url, redis_url="", settings=SETTINGS) as store:
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
         approvals = store.approvals
         used, waits = await approved(store), await approvals.issue_token(make_request(request_id="r-2"))
         named = (await approvals.check_token(used)).approval_id
@@ -247,39 +230,9 @@ async def assert_approvals_refuse(url: str, folder: Path, name: str, value: str)
         assert await column(store, "status", "approval_requests WHERE request_id = 'r-2'") == ["DENIED"]
         for file in ("a.jsonl", "a.csv", "a.parquet"):
             try:
-                await approvals.export(folder / file)
+                await approvals.export(tmp_path / file)
             except GatewayStoreError as exc:
                 assert " of approval_requests holds " in str(exc)  # noqa: PT017
-
-
-@pytest.mark.parametrize("value", ["'7'", "'[]'"])
-async def test_an_altered_approval_releases_nothing_and_hides_no_other(
-    database_url: str, tmp_path: Path, value: str
-) -> None:
-    """JSON of another kind."""
-    await assert_approvals_refuse(database_url, tmp_path, "tool_call", value)
-
-
-@POSTGRES
-@pytest.mark.parametrize("name", ["expires_at", "use_before"])
-async def test_an_approval_of_a_time_that_python_cannot_hold_releases_nothing(
-    database_url: str, tmp_path: Path, name: str
-) -> None:
-    """It is far ahead."""
-    await assert_approvals_refuse(database_url, tmp_path, name, "'20000-01-01'")
-
-
-@SQLITE
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("tool_call", "''"), ("use_before", "'x'"), ("created_at", "7"), ("risk_explanation", "x'ff00'"),
-     ("risk_explanation", "CAST(x'ff41' AS TEXT)")],
-)  # fmt: skip
-async def test_what_no_column_of_an_approval_holds_releases_nothing(
-    database_url: str, tmp_path: Path, name: str, value: str
-) -> None:
-    """SQLite keeps anything."""
-    await assert_approvals_refuse(database_url, tmp_path, name, value)
 
 
 @SQLITE
@@ -322,10 +275,9 @@ async def test_what_is_no_utf8_stops_no_sweep(database_url: str) -> None:
         assert await column(store, "status", "approval_requests") == ["EXPIRED"] * 2
 
 
-@pytest.mark.parametrize("database_url", ["sqlite", "postgres"], indirect=True)
 async def test_an_altered_use_stops_no_later_ask(database_url: str) -> None:
     """Of the use before, approvers are told what can be read."""
-    time = "'20000-01-01'" if database_url.startswith("postgres") else "'x'"
+    time = FAR if database_url.startswith("postgres") else "'x'"
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
         asked = await store.approvals.acquire(make_request())
         await store.approvals.approve(approval_id=asked.approval_id, approver_id="approver-1")
@@ -356,13 +308,28 @@ async def test_a_page_ends_before_approvals_of_no_time(database_url: str) -> Non
             await store.approvals.search(limit=2)
 
 
-async def assert_all_is_listed(url: str, statements: Sequence[str]) -> None:
-    """Votes, notices and holds that somebody altered are listed, and neither kept nor lost in silence."""
-    async with GatewayStore(url, redis_url="", settings=SETTINGS, plugins=[RecordingNotifier()]) as store:
+TIMES = {"approval_votes": "voted_at", "notification_deliveries": "created_at", "audit_holds": "placed_at"}
+
+
+@pytest.mark.parametrize(
+    ("database_url", "changes"),
+    [
+        ("sqlite", {"audit_holds": "filters = '[1]'"}),
+        ("postgres", {"audit_holds": r"""filters = '{"nosuch"\: 1}'"""}),
+        ("sqlite", {table: f"{name} = 'x'" for table, name in TIMES.items()}),
+        ("postgres", {table: f"{name} = {FAR}" for table, name in TIMES.items()}),
+    ],
+    indirect=["database_url"],
+)
+async def test_an_altered_hold_keeps_everything_until_it_is_released(
+    database_url: str, changes: dict[str, str]
+) -> None:
+    """Nobody can say what it covers; votes and notices of times that cannot be read are listed, too."""
+    async with GatewayStore(database_url, redis_url="", settings=SETTINGS, plugins=[RecordingNotifier()]) as store:
         await approved(store)
         await idle(store)
         await store.retention.hold("kept", reason="a case", by="alice", caller_id="dev-agent")
-        await tamper(store.database.engine, *statements)
+        await tamper(store.database.engine, *(f"UPDATE {table} SET {change}" for table, change in changes.items()))
 
         assert len((await store.approvals.search())[0].votes or ()) == 1
         assert {"vote", "notice"} <= {
@@ -374,20 +341,6 @@ async def assert_all_is_listed(url: str, statements: Sequence[str]) -> None:
         with pytest.raises(UnreadableRowError, match="Row kept of audit_holds"):
             await store.retention.prune(before="0s", by="alice", discard=True, below_floor=True)
         assert (await store.retention.release_hold("kept", by="alice")).name == "kept"
-
-
-@pytest.mark.parametrize("filters", ["[1]", '{"nosuch": 1}'])
-async def test_an_altered_hold_keeps_everything_until_it_is_released(database_url: str, filters: str) -> None:
-    """Nobody can say what it covers."""
-    await assert_all_is_listed(database_url, [f"UPDATE audit_holds SET filters = '{filters}'".replace(":", r"\:")])
-
-
-@pytest.mark.parametrize("database_url", ["sqlite", "postgres"], indirect=True)
-async def test_altered_votes_notices_and_holds_are_listed(database_url: str) -> None:
-    """Of times that cannot be read."""
-    time = "'20000-01-01'" if database_url.startswith("postgres") else "'x'"
-    columns = {"approval_votes": "voted_at", "notification_deliveries": "created_at", "audit_holds": "placed_at"}
-    await assert_all_is_listed(database_url, [f"UPDATE {table} SET {name} = {time}" for table, name in columns.items()])
 
 
 @SQLITE
