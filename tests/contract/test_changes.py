@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from contract_helpers import POSTGRES
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
@@ -32,8 +33,7 @@ def ids(events: list[AuditEvent]) -> list[str]:
 
 
 async def test_what_commits_late_is_not_missed(store: GatewayStore) -> None:
-    """An event whose transaction stays open over several looks comes when it is committed, and those after it do not
-    wait; one that is rolled back never comes."""
+    """It comes when it is committed, and those after it do not wait; one that is rolled back never comes."""
     start = (await store.audit.changes()).next_cursor or ""
     slow = AsyncSession(store.database.engine)
     is_sqlite = store.database.dialect == "sqlite"
@@ -57,6 +57,7 @@ async def test_what_commits_late_is_not_missed(store: GatewayStore) -> None:
     assert (list(fourth), bool(fourth.next_cursor)) == ([], True)
 
 
+@POSTGRES
 async def test_changes_can_be_narrowed_by_time(store: GatewayStore) -> None:
     """`since` and `until` are those of the events, from the beginning and from a cursor."""
     bounds: dict[str, Any] = {"since": datetime(2000, 1, 1, tzinfo=UTC), "until": datetime(2100, 1, 1, tzinfo=UTC)}
@@ -286,6 +287,7 @@ async def test_a_hundred_thousand_events_with_slow_transactions(request: pytest.
     assert set(seen) == set(committed)
 
 
+@POSTGRES
 async def test_a_follower_outlives_an_outage(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -34,30 +32,21 @@ async def dropping_url(own_database_url: str) -> str:
     return own_database_url
 
 
-async def test_a_dropped_event_is_set_aside(dropping_url: str) -> None:
-    """Alone and in a batch; the others of the batch are stored."""
-    settings = StoreSettings()
+async def test_a_dropped_event_is_set_aside(dropping_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Alone and in a batch, whose others are stored, or known; `write` does not raise, so the log says what to do."""
+    settings, known = StoreSettings(), make_event(request_id="known", caller_id="bob")
     async with GatewayStore(dropping_url, redis_url="", settings=settings) as store:
         assert await store.audit.write(make_event(request_id="alone", caller_id="mallory")) is SPOOLED
+        assert "find the trigger on audit_events" in caplog.text
+        assert "it is quarantined" in caplog.text
         events = [make_event(request_id=f"r-{number}", caller_id=("bob", "mallory")[number % 2]) for number in range(6)]
         assert await store.audit.write_many(events) == {STORED: 3, SPOOLED: 3}
+        await store.audit.write(known)
+        events = [make_event(request_id=f"r-{number}", caller_id=("bob", "mallory")[number % 2]) for number in (6, 7)]
+        assert await store.audit.write_many([known, *events]) == {DUPLICATE: 1, STORED: 1, SPOOLED: 1}
 
-        assert sorted(await stored_ids(store)) == ["r-0", "r-2", "r-4"]
-    assert spooled_ids(settings.audit_spool_path, poisoned=True) == ["alone", "r-1", "r-3", "r-5"]
-
-
-@pytest.mark.parametrize("mode", ["spool", "strict"])
-async def test_the_log_says_what_to_do_about_dropped_events(
-    dropping_url: str, mode: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """`write` does not raise, so nobody else says it; and it says what becomes of the event."""
-    async with GatewayStore(dropping_url, redis_url="", settings=StoreSettings(audit_mode=mode)) as store:
-        with suppress(AuditUnavailableError):
-            await store.audit.write(make_event(caller_id="mallory"))
-
-    said = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "ERROR")
-    assert "find the trigger on audit_events" in said
-    assert ("quarantine" in said) is (mode == "spool")
+        assert sorted(await stored_ids(store)) == ["known", "r-0", "r-2", "r-4", "r-6"]
+    assert spooled_ids(settings.audit_spool_path, poisoned=True) == ["alone", "r-1", "r-3", "r-5", "r-7"]
 
 
 async def test_the_log_says_what_to_do_about_events_that_wait_and_are_dropped(
@@ -75,27 +64,19 @@ async def test_the_log_says_what_to_do_about_events_that_wait_and_are_dropped(
     assert "find the trigger on audit_events" in caplog.text
 
 
-async def test_a_batch_of_known_and_dropped_events_is_told_apart(dropping_url: str) -> None:
-    """What was stored before is DUPLICATE, what is new is STORED, and what is dropped neither."""
-    async with GatewayStore(dropping_url, redis_url="") as store:
-        known = make_event(caller_id="bob")
-        await store.audit.write(known)
-
-        events = [known, make_event(caller_id="bob"), make_event(caller_id="mallory")]
-        assert await store.audit.write_many(events) == {DUPLICATE: 1, STORED: 1, SPOOLED: 1}
-
-
-async def test_a_dropped_event_stops_the_call_in_the_strict_mode(dropping_url: str) -> None:
-    """The call must not go through without its event."""
+async def test_a_dropped_event_stops_the_call_in_the_strict_mode(
+    dropping_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the transaction that it joins, by one sentence with the next step."""
+    dropped = make_event(caller_id="mallory")
     async with GatewayStore(dropping_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as store:
         with pytest.raises(AuditUnavailableError):
-            await store.audit.write(make_event(caller_id="mallory"))
+            await store.audit.write(dropped)
         with pytest.raises(AuditUnavailableError):
-            await store.audit.write_many([make_event(caller_id="mallory"), make_event(caller_id="bob")])
+            await store.audit.write_many([dropped, make_event(caller_id="bob")])
+        async with AsyncSession(store.database.engine) as session:
+            with pytest.raises(StoreUnavailableError, match="find the trigger on audit_events"):
+                await store.audit.record(dropped, session=session)
 
-
-async def test_a_dropped_event_is_told_to_the_transaction_it_joins(dropping_url: str) -> None:
-    """`record` raises one sentence with the next step."""
-    async with GatewayStore(dropping_url, redis_url="") as store, AsyncSession(store.database.engine) as session:
-        with pytest.raises(StoreUnavailableError, match="find the trigger on audit_events"):
-            await store.audit.record(make_event(caller_id="mallory"), session=session)
+    assert "find the trigger on audit_events" in caplog.text
+    assert "quarantine" not in caplog.text

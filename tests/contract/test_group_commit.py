@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from contract_helpers import until
+from contract_helpers import POSTGRES, until
 from sqlalchemy import inspect, text
 
 import agent_gateway_store.audit.writer as writer_module
@@ -32,7 +31,6 @@ async def refusing_url(own_database_url: str) -> str:
 
 
 async def started(tasks: list[asyncio.Task[WriteOutcome]]) -> list[asyncio.Task[WriteOutcome]]:
-    """Let each task run to its first wait."""
     await asyncio.sleep(0)
     return tasks
 
@@ -40,7 +38,6 @@ async def started(tasks: list[asyncio.Task[WriteOutcome]]) -> list[asyncio.Task[
 async def begin_writes(
     store: GatewayStore, number: int, make: Callable[..., AuditEvent] = make_event
 ) -> list[asyncio.Task[WriteOutcome]]:
-    """Begin so many writes at once."""
     return await started([asyncio.create_task(store.audit.write(make())) for _ in range(number)])
 
 
@@ -115,6 +112,7 @@ async def test_a_crowd_is_taken_from_the_first_on(store: GatewayStore, size: int
     assert backend.batches == ([32, 32] if size == 64 and backend.places == 2 else [size])
 
 
+@POSTGRES
 async def test_the_event_itself_is_not_changed(store: GatewayStore) -> None:
     """It gets no id and no hash, keeps its nested values, and belongs to no session."""
     event = make_event(sanitized_args={"nul": "\0", "deep": [{"a": {1, 2}}]}, org_id="theirs")
@@ -128,6 +126,7 @@ async def test_the_event_itself_is_not_changed(store: GatewayStore) -> None:
     assert inspect(event).transient
 
 
+@POSTGRES
 async def test_a_cancelled_caller_takes_no_event_with_it(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers cancelled at random points, also while they wait for room: everything begun is stored, once."""
     monkeypatch.setattr(writer_module, "MAX_QUEUED_ROWS", 6)
@@ -187,6 +186,7 @@ async def test_cancelling_every_task_loses_nothing(database_url: str, lone: bool
     assert len(found) == found.total() == (1 if lone else 50)
 
 
+@POSTGRES
 async def test_a_cancelled_lone_caller_leaves_no_error_behind(
     store: GatewayStore, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,6 +208,7 @@ async def test_a_cancelled_lone_caller_leaves_no_error_behind(
     assert "never retrieved" not in caplog.text
 
 
+@POSTGRES
 @pytest.mark.parametrize("limit", ["rows", "bytes"])
 async def test_a_full_queue_holds_writers_back(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch, limit: str
@@ -277,8 +278,8 @@ async def test_a_bad_row_alone_and_in_bulk_is_set_aside(refusing_url: str) -> No
         assert (store.audit.counters.stored, store.audit.counters.spooled) == (147, 4)
 
 
+@POSTGRES
 async def test_flush_waits_for_what_was_written_before(store: GatewayStore) -> None:
-    """It returns when everything queued at its call is acknowledged."""
     backend = await WatchedBackend.within(store)
     backend.gate.clear()
     tasks = await begin_writes(store, 20)
@@ -294,8 +295,8 @@ async def test_flush_waits_for_what_was_written_before(store: GatewayStore) -> N
     assert all(task.done() for task in tasks)
 
 
+@POSTGRES
 async def test_flush_ends_while_others_keep_writing(store: GatewayStore) -> None:
-    """Writers that never pause do not hold it up."""
     stop = asyncio.Event()
 
     async def keep_writing() -> None:
@@ -311,6 +312,7 @@ async def test_flush_ends_while_others_keep_writing(store: GatewayStore) -> None
         await asyncio.gather(*writers)
 
 
+@POSTGRES
 async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is queued, what waits for room and the bulk batch under way are stored; later batches are told."""
     monkeypatch.setattr(writer_module, "MAX_QUEUED_ROWS", 20)
@@ -337,16 +339,3 @@ async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) 
     async with GatewayStore(database_url, redis_url="") as again:
         found = await stored_ids(again)
     assert len(found) == found.total() == 100 + sum(number for number in backend.batches if number >= 2_000)
-
-
-async def test_counters_add_up(store: GatewayStore) -> None:
-    """Stored and duplicate are counted for single and bulk writes alike."""
-    events = [make_event() for _ in range(30)]
-
-    singles = Counter(await asyncio.gather(*(store.audit.write(event) for event in [*events, *events[:10]])))
-    bulk = await store.audit.write_many([*events[:5], *(make_event() for _ in range(7))])
-
-    counters = store.audit.counters
-    assert (singles, bulk) == ({STORED: 30, DUPLICATE: 10}, {DUPLICATE: 5, STORED: 7})
-    assert (counters.stored, counters.duplicate) == (37, 15)
-    assert (counters.spooled, counters.replayed, counters.lost, counters.queue_depth) == (0, 0, 0, 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from archive_helpers import entries_of, rewritten, save, with_column
-from contract_helpers import store_sealed_by_hand
+from contract_helpers import POSTGRES, store_sealed_by_hand
 from erasure_helpers import OLD
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
@@ -69,30 +69,30 @@ async def test_what_was_written_by_any_way_is_no_alarm(database_url: str, tmp_pa
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-@pytest.mark.parametrize("written", IN_OTHER_WORDS)
-async def test_json_in_other_words_is_seen(store: GatewayStore, written: str) -> None:
+async def test_json_in_other_words_is_seen(store: GatewayStore) -> None:
     """SQLite keeps any text."""
-    change = "UPDATE audit_events SET sanitized_args = :written"
-    assert await found_after(store, change, written=written) == [FindingKind.ALTERED]
+    change = "UPDATE audit_events SET sanitized_args = :written WHERE id = :id"
+    values = [{"written": written, "id": number} for number, written in enumerate(IN_OTHER_WORDS, 1)]
+    assert await found_after(store, change, values) == [FindingKind.ALTERED] * len(values)
 
 
-@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+@POSTGRES
 async def test_a_number_in_other_digits_is_seen(store: GatewayStore) -> None:
     """A jsonb keeps its zeros; all else of it has one form."""
     change = """UPDATE audit_events SET sanitized_args = sanitized_args || '{"amount": 1.00}'"""
-    assert await found_after(store, change) == [FindingKind.ALTERED]
+    assert await found_after(store, change, [{}]) == [FindingKind.ALTERED]
 
 
-async def found_after(store: GatewayStore, change: str, **values: str) -> list[FindingKind]:
-    """What is found after the change of one sealed event."""
-    await store.audit.write(make_event(sanitized_args=ARGS))
+async def found_after(store: GatewayStore, change: str, values: list[dict[str, Any]]) -> list[FindingKind]:
+    """What is found after the changes of sealed events."""
+    await store.audit.write_many(make_event(sanitized_args=ARGS) for _ in values)
     await store.evidence.seal()
-    await tamper(store.database.engine, change, values=[values])
+    await tamper(store.database.engine, *[change] * len(values), values=values)
     return [each.kind for each in (await store.evidence.verify()).findings]
 
 
-@pytest.mark.parametrize("written", IN_OTHER_WORDS)
-async def test_archived_json_in_other_words_is_seen(store: GatewayStore, tmp_path: Path, written: str) -> None:
+@POSTGRES
+async def test_archived_json_in_other_words_is_seen(store: GatewayStore, tmp_path: Path) -> None:
     """By the archive itself and by the log, whichever database it was written from."""
     folder = tmp_path / "archive"
     await store.audit.write_many([make_event(sanitized_args=ARGS, timestamp=OLD), make_event()])
@@ -100,7 +100,7 @@ async def test_archived_json_in_other_words_is_seen(store: GatewayStore, tmp_pat
     await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
     await store.evidence.seal()
     assert (await store.evidence.verify(archive=folder)).ok
-    save(folder, [rewritten(folder, each, with_column("sanitized_args", [written])) for each in entries_of(folder)])
-
-    for found in (await store.evidence.verify(archive=folder), Archive(folder).verify()):
-        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+    for written in IN_OTHER_WORDS:
+        save(folder, [rewritten(folder, each, with_column("sanitized_args", [written])) for each in entries_of(folder)])
+        for found in (await store.evidence.verify(archive=folder), Archive(folder).verify()):
+            assert [each.kind for each in found.findings] == [FindingKind.ALTERED], written

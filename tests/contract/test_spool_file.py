@@ -9,8 +9,10 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from contract_helpers import POSTGRES
 from sqlalchemy import make_url
 
 from agent_gateway_store import ExecutionStatus, GatewayStore, StoreSettings, WriteOutcome
@@ -21,6 +23,11 @@ from builders import make_event
 from proofs.harness import eventually, identity_of, migrated, spool_is_empty, spooled_ids
 
 HERE = make_url("sqlite:///here.db")
+
+
+def rows(*names: str) -> list[dict[str, Any]]:
+    """Events of these request ids as the spool takes them."""
+    return [to_values(encode_event(make_event(request_id=name))) for name in names]
 
 
 @pytest.fixture
@@ -88,12 +95,13 @@ ALTERED = {
 }
 
 
+@POSTGRES
 async def test_a_row_that_cannot_be_read_holds_up_no_other(
     database_url: str, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is quarantined as it is, and named once; a version that can read it brings it in when it opens a store."""
     spool = Spool(path, make_url(database_url), await identity_of(database_url))
-    await spool.add([to_values(encode_event(make_event(request_id=name))) for name in ("first", *ALTERED, "last")])
+    await spool.add(rows("first", *ALTERED, "last"))
     with closing(sqlite3.connect(path)) as other:
         kept = other.execute("SELECT * FROM spooled_events WHERE id = 2").fetchone()
         for row_id, change in enumerate(ALTERED.values(), 2):
@@ -123,7 +131,7 @@ async def test_a_row_that_cannot_be_read_holds_up_no_other(
 async def test_a_file_that_was_replaced_or_removed_takes_nothing_more(path: Path) -> None:
     """Another one is made in its place: what went to the old one would be gone with this process."""
     slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
-    old, one, other = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "one", "other"))
+    old, one, other = rows("old", "one", "other")
     await slow.add([old])
     await fast.add([old])
     path.rename(path.with_name("moved.db"))
@@ -149,7 +157,7 @@ async def test_a_file_that_was_replaced_or_removed_takes_nothing_more(path: Path
 async def test_rows_of_a_file_that_was_moved_away_are_removed_from_no_other(path: Path) -> None:
     """What was read there was replayed; under its id another process may have spooled a new row meanwhile."""
     slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
-    old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
+    old, new = rows("old", "new")
     await slow.add([old])
     await fast.add([old])
     seen = [row_id for row_id, _ in await slow.waiting(10)]
@@ -174,7 +182,7 @@ async def test_rows_of_a_file_that_was_moved_away_are_removed_from_no_other(path
 async def test_another_spool_put_in_place_of_a_running_one_keeps_its_rows(path: Path, is_read: bool) -> None:
     """The log of the running one is brought into the file that was moved, and not into that one."""
     other, running = Spool(path.with_name("other.db"), HERE, "identity"), Spool(path, HERE, "identity")
-    old, one, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "one", "new"))
+    old, one, new = rows("old", "one", "new")
     await other.add([old])
     await other.close()
     await running.add([one])
@@ -198,7 +206,7 @@ async def test_the_log_of_a_spool_that_was_moved_away_is_set_aside_and_named(
 ) -> None:
     """Its gateway is idle, or was killed: what it acknowledged comes into its file later, or is put there by hand."""
     idle, following = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
-    old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
+    old, new = rows("old", "new")
     moved, killed = path.with_name("moved.db"), path.with_name("killed.db")
     await idle.add([old])
     path.rename(moved)
@@ -224,7 +232,7 @@ async def test_the_log_of_a_spool_that_was_moved_away_is_set_aside_and_named(
 async def test_the_place_of_a_removed_row_is_not_given_again(path: Path) -> None:
     """One process replays rows that another has replayed already, while a third spools: the new row stays."""
     slow, fast = Spool(path, HERE, "identity"), Spool(path, HERE, "identity")
-    old, new = (to_values(encode_event(make_event(request_id=name))) for name in ("old", "new"))
+    old, new = rows("old", "new")
     await slow.add([old])
     seen = [row_id for row_id, _ in await slow.waiting(10)]
     await fast.remove(seen)

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from contract_helpers import POSTGRES
 from sqlalchemy import make_url
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
@@ -72,6 +73,7 @@ async def test_the_same_database_under_another_spelling_gets_its_rows(
     assert spooled_ids(path) == []
 
 
+@POSTGRES
 async def test_another_database_under_the_same_spelling_gets_no_foreign_row(database_url: str, path: Path) -> None:
     """It stands where the other one stood; the rows wait on, and are counted for the other one."""
     before = await identity_of(database_url)
@@ -95,6 +97,7 @@ async def test_another_database_under_the_same_spelling_gets_no_foreign_row(data
         assert (await stored_ids(store))["waits"] == 1
 
 
+@POSTGRES
 async def test_another_database_that_comes_up_in_an_outage_gets_no_foreign_row(
     database_url: str, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,6 +167,7 @@ async def test_an_older_file_lacks_fields_that_events_have_now(tmp_path: Path, p
     assert all(rehash(event) == event.content_hash for event in found)
 
 
+@POSTGRES
 async def test_strict_brings_in_what_an_earlier_mode_left(database_url: str, path: Path) -> None:
     """By itself and in order; its own events still raise while the database is away, and none is spooled."""
     await leave(database_url, "one")
@@ -180,17 +184,12 @@ async def test_strict_brings_in_what_an_earlier_mode_left(database_url: str, pat
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("a?b.db", "a?mode=ro", "a#b.db", "100%.db", "%2e%2e.db", "a&b=c;d.db", ":memory:", "file:a.db", "a b.db"),
-        *("ü@é:1.db", "'quoted\".db", "new/folder/spool.db", "gateway.db?x/spool.db", "back\\slash.db", "~.db"),
-    ],
+    "name", ["a?mode=ro", "a#b;c=%2e&d.db", ":memory:", "file:a.db", "'ü@é:1\".db", "new/x?/b\\s~.db"]
 )
 async def test_any_name_of_a_file_is_that_file(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Also one that a URL would read otherwise."""
-    url = migrated(f"sqlite:///{tmp_path}/gateway.db")
     path = tmp_path / "spools" / name
-    async with GatewayStore(url, redis_url="", settings=StoreSettings(audit_spool_path=path)) as store:
+    async with GatewayStore("sqlite://", redis_url="", settings=StoreSettings(audit_spool_path=path)) as store:
         assert "lost" not in caplog.text
         backend = await WatchedBackend.within(store)
         backend.fault = "away"
@@ -214,11 +213,11 @@ async def test_any_name_of_a_file_is_that_file(tmp_path: Path, name: str, caplog
         ("~/spool.db", "no home folder"),
     ],
 )
-@pytest.mark.parametrize("mode", ["spool", "strict"])
 async def test_a_store_that_could_not_spool_says_so_at_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str, reason: str, mode: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str, reason: str
 ) -> None:
     """When it is opened, in one line with what to do; it opens all the same. In strict mode nothing is spooled."""
+    mode = "strict" if place == "folder" else "spool"
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "garbage.db").write_bytes(b"garbage" * 1_000)

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from contract_helpers import POSTGRES
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -118,6 +119,7 @@ async def test_rows_come_by_time_and_then_the_largest_first(store: GatewayStore)
     assert (await store.audit.stats("caller_id", caller_id="nobody")) == []
 
 
+@POSTGRES
 @cases(
     ("arguments", "error", "says"),
     [
@@ -135,6 +137,5 @@ async def test_rows_come_by_time_and_then_the_largest_first(store: GatewayStore)
 async def test_a_wrong_grouping_is_one_sentence(
     store: GatewayStore, arguments: dict[str, Any], error: type[Exception], says: str
 ) -> None:
-    """It names what is wrong and what would be right."""
     with pytest.raises(error, match=says):
         await store.audit.stats(**arguments)
