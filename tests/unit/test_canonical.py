@@ -56,17 +56,13 @@ becbf647612f3696 -0.0000033333333333333333
 """
 
 
-@pytest.mark.parametrize("line", NUMBERS.strip().splitlines())
-def test_numbers_of_appendix_b(line: str) -> None:
-    """Every finite number of the RFC's table is written as the RFC writes it."""
-    bits, expected = line.split()
-    number = struct.unpack(">d", bytes.fromhex(bits))[0]
-
-    assert canonical_json([number]) == f"[{expected}]".encode()
+def test_numbers_of_appendix_b() -> None:
+    for line in NUMBERS.strip().splitlines():
+        bits, expected = line.split()
+        assert canonical_json(list(struct.unpack(">d", bytes.fromhex(bits)))) == f"[{expected}]".encode()
 
 
 def test_example_of_section_3_2() -> None:
-    """The RFC's object comes out in the RFC's bytes."""
     source = r"""{
         "numbers": [333333333.33333329, 1E30, 4.50, 2e-3, 0.000000000000000000000000001],
         "string": "\u20ac$\u000F\u000aA'\u0042\u0022\u005c\\\"\/",
@@ -122,13 +118,6 @@ def test_plain_json_hashes_as_rfc_8785(value: Any) -> None:
     assert hash_json(value) == hash_json(turned) == hash_json(json.loads(json.dumps(value))) == expected
 
 
-def test_hash_args_is_the_hash_of_the_arguments() -> None:
-    """`AuditEvent.hash_args` is SHA-256 over the canonical form, fit for `raw_args_hash`."""
-    args = {"b": [1, 2.5, None], "a": "x"}
-
-    assert AuditEvent.hash_args(args) == hashlib.sha256(b'{"a":"x","b":[1,2.5,null]}').hexdigest()
-
-
 def test_a_key_makes_it_an_hmac(monkeypatch: pytest.MonkeyPatch) -> None:
     """HASH_KEY from the argument or the environment; the argument wins, then the prefixed name, and "" is none."""
     args = {"a": 1}
@@ -142,6 +131,7 @@ def test_a_key_makes_it_an_hmac(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENT_GATEWAY_STORE_HASH_KEY", "three")
     assert AuditEvent.hash_args(args) == keyed("three")
     assert AuditEvent.hash_args(args, key="one") == keyed("one")
+    assert canonical_json([5, 0]) == canonical_json([5.0, -0.0]) == b"[5,0]"
     unkeyed = hashlib.sha256(b'{"a":1}').hexdigest()
     assert AuditEvent.hash_args(args, key="") == unkeyed
     monkeypatch.setenv("AGENT_GATEWAY_STORE_HASH_KEY", "")
@@ -149,7 +139,6 @@ def test_a_key_makes_it_an_hmac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_tool_call_is_bound_by_server_tool_and_arguments() -> None:
-    """Each part of a call changes its hash; the order of its arguments does not."""
     call = ToolCall(server="s", tool="t", arguments={"a": 1, "b": 2})
     others = [
         ToolCall(server="x", tool="t", arguments={"a": 1, "b": 2}),
@@ -195,11 +184,6 @@ def test_no_two_nasty_values_share_a_form(wrap: Any) -> None:
         seen[form] = value
 
     assert len(seen) == len(NASTY)
-
-
-def test_equal_json_numbers_share_a_form() -> None:
-    """5 and 5.0 are one number by RFC 8785, and so are 0 and -0.0."""
-    assert canonical_json([5, 0]) == canonical_json([5.0, -0.0]) == b"[5,0]"
 
 
 def fingerprint(value: Any) -> Any:
@@ -331,12 +315,3 @@ def test_objects_enter_by_their_fields() -> None:
     assert canonical_json(Model(x=1, extra="y")) == b'{"extra":"y","x":1}'
     assert canonical_json(ToolCall(server="s", tool="t")) == b'{"arguments":{},"server":"s","tool":"t"}'
     assert canonical_json(Broken()).endswith(b'Broken:?"')
-
-
-def test_the_arguments_are_not_changed() -> None:
-    """Hashing reads only."""
-    args = {"a": [1, {"b": 2**60}], "c": "\ud800"}
-    before = repr(args)
-    hash_json(args)
-
-    assert repr(args) == before

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
+from pydantic import SecretStr, TypeAdapter, ValidationError
 from sqlalchemy import inspect
 from sqlmodel import SQLModel
 
@@ -61,7 +61,6 @@ VALUES = [ApprovalResult, CallerIdentity, IssuedKey, Notice, RedactionFlag, Tool
     ],
 )
 def test_wrong_values_are_refused_when_constructing_and_when_assigning(field: str, wrong: Any) -> None:
-    """A refused value raises both ways, and assigning it leaves the instance as it was."""
     good = make_event()
     before = good.model_dump()
 
@@ -78,24 +77,17 @@ def test_missing_and_unknown_fields_are_refused() -> None:
 
     with pytest.raises(ValidationError, match="caller_id"):
         AuditEvent(**incomplete)
-    with pytest.raises(ValidationError, match="tool_nmae"):
-        make_event(tool_nmae="x")
     with pytest.raises(ValueError, match="tool_nmae"):
         make_event().tool_nmae = "x"
-
-
-@pytest.mark.parametrize("model", [*TABLES, *VALUES])
-def test_every_model_refuses_unknown_fields(model: type[BaseModel]) -> None:
-    """Tables and values alike forbid extra fields."""
-    with pytest.raises(ValidationError) as caught:
-        model(no_such_field=1)
-
-    assert "extra_forbidden" in str(caught.value)
+    for model in (*TABLES, *VALUES):
+        with pytest.raises(ValidationError, match="extra_forbidden"):
+            model(no_such_field=1)
 
 
 def test_events_and_requests_have_the_documented_defaults() -> None:
-    """What design leaves optional is None, and the rest starts as documented."""
-    made, asked = make_event(), make_request()
+    """What design leaves optional is None, and the rest starts as documented; a note of None is an empty one."""
+    made, asked = make_event(), make_request(approver_note=None)
+    result = ApprovalResult(approval_id=uuid4(), status=ApprovalStatus.PENDING)
 
     absent = ("trace_id", "session_id", "parent_request_id", "key_id", "policy_version", "approver_id")
     absent += ("execution_status", "output_hash", "output_policy_rationale", "llm_explanation", "content_hash", "id")
@@ -103,10 +95,15 @@ def test_events_and_requests_have_the_documented_defaults() -> None:
     assert (made.org_id, made.risk_labels, made.redaction_flags, made.output_decision) == ("default", [], [], "ALLOW")
     assert (asked.status, asked.scope, asked.required_approvals, asked.version) == ("PENDING", "EXECUTION", 1, 1)
     assert (asked.expires_at, asked.use_before, asked.tool_call_hash, asked.approver_note) == (None, None, None, "")
-    assert asked.token is not None
-    assert len(asked.token) >= 43
+    assert len(asked.token or "") >= 43
     assert asked.token != make_request().token
     assert make_key().is_active
+    assert (result.token, result.scope, result.approver_id, result.note) == (None, "EXECUTION", None, "")
+    assert (result.decided_at, result.expires_at, result.used_at, result.outcome) == (None, None, None, None)
+    assert ApprovalResult(**result.model_dump() | {"note": None}) == result
+    fields = make_key().model_dump(exclude={"key_id"}) | {"key_hash": "$2b$..."}
+    assert all(re.fullmatch("[0-9A-Za-z]{12}", ApiKey(**fields).key_id) for _ in range(3))
+    assert ApiKey(**fields).key_id != ApiKey(**fields).key_id
 
 
 @pytest.mark.parametrize(
@@ -133,7 +130,6 @@ def test_events_and_requests_have_the_documented_defaults() -> None:
     ],
 )
 def test_errors_never_repeat_the_input(refused: Any) -> None:
-    """A log line made of the error holds nothing of what was refused."""
     with pytest.raises(ValidationError) as caught:
         refused()
 
@@ -141,15 +137,8 @@ def test_errors_never_repeat_the_input(refused: Any) -> None:
     assert SECRET not in repr(caught.value)
 
 
-@pytest.mark.parametrize("given", ["ab" * 32, "AB" * 32, "0" * 64])
-def test_raw_args_hash_is_kept_in_lower_case(given: str) -> None:
-    """64 hex digits in either case are one hash."""
-    assert make_event(raw_args_hash=given).raw_args_hash == given.lower()
-
-
 @pytest.mark.parametrize(("given", "kept"), [(12, 12), (12.4, 12), (12.6, 13), (-0.4, 0), ("7", 7), (2**70, 2**70)])
 def test_latency_is_rounded_to_whole_milliseconds(given: Any, kept: int) -> None:
-    """A float of a timer is taken and rounded."""
     made = make_event(latency_ms=given)
 
     assert made.latency_ms == kept
@@ -186,10 +175,12 @@ def test_times_are_aware_utc_and_clamped(given: Any, kept: datetime) -> None:
 
 
 def test_enums_come_from_their_text() -> None:
-    """Text is turned into members, when constructing and when assigning."""
+    """When constructing and when assigning; a hash in upper case is the same one."""
     made = make_event(decision="DENY", execution_status="TIMEOUT", output_decision="REDACT")
     made.decision = "SANITIZE_AND_ALLOW"  # type: ignore[assignment]
+    made.raw_args_hash = "AB" * 32
 
+    assert made.raw_args_hash == "ab" * 32
     assert made.decision is Decision.SANITIZE_AND_ALLOW
     assert made.execution_status is ExecutionStatus.TIMEOUT
     assert made.output_decision is OutputDecision.REDACT
@@ -197,33 +188,11 @@ def test_enums_come_from_their_text() -> None:
     assert make_request(status="DENIED").status is ApprovalStatus.DENIED
 
 
-def test_trust_levels_compare() -> None:
-    """The order of the levels is the order of trust."""
-    levels = list(TrustLevel)
+def test_levels_compare_and_statuses_are_final() -> None:
+    levels = ["UNTRUSTED", "LOW", "MEDIUM", "HIGH", "ADMIN"]
 
-    assert levels == sorted(levels)
-    assert TrustLevel.UNTRUSTED < TrustLevel.LOW < TrustLevel.MEDIUM < TrustLevel.HIGH < TrustLevel.ADMIN
-    assert TrustLevel.MEDIUM >= 2
-    assert max(levels) is TrustLevel.ADMIN
-
-
-def test_only_pending_and_approved_are_not_final() -> None:
-    """Everything else cannot move any more."""
+    assert [level.name for level in sorted(TrustLevel)] == levels
     assert [status for status in ApprovalStatus if not status.is_final] == ["PENDING", "APPROVED"]
-
-
-def test_defaults_are_those_of_the_reference() -> None:
-    """A key has an id of its own; a note of None is an empty one."""
-    fields = make_key().model_dump(exclude={"key_id"}) | {"key_hash": "$2b$..."}
-    ids = {ApiKey(**fields).key_id for _ in range(3)}
-    result = ApprovalResult(approval_id=uuid4(), status=ApprovalStatus.PENDING)
-
-    assert len(ids) == 3
-    assert all(re.fullmatch("[0-9A-Za-z]{12}", key_id) for key_id in ids)
-    assert (result.token, result.scope, result.approver_id, result.note) == (None, "EXECUTION", None, "")
-    assert (result.decided_at, result.expires_at, result.used_at, result.outcome) == (None, None, None, None)
-    assert make_request(approver_note=None).approver_note == ""
-    assert ApprovalResult(**result.model_dump() | {"note": None}) == result
 
 
 @pytest.mark.parametrize("blank", ["", " \t\u3000", "\u200b\u2060", "\u3164"])
@@ -238,7 +207,6 @@ def test_a_nameless_approver_is_refused_wherever_one_is_named(blank: str) -> Non
 
 
 def test_reprs_show_no_secret() -> None:
-    """Neither token nor key hash nor plaintext is in the repr or str of anything."""
     api_key = make_key(key_hash=SECRET, previous_key_hash=SECRET)
     shown = [
         api_key,
@@ -252,7 +220,6 @@ def test_reprs_show_no_secret() -> None:
 
 
 def test_equality_is_by_value() -> None:
-    """Two instances with the same fields are equal, whatever the ORM knows about them."""
     fields = event_fields(timestamp=datetime(2024, 5, 1, tzinfo=UTC))
 
     assert AuditEvent(**fields) == AuditEvent(**fields)
@@ -283,22 +250,12 @@ def test_copies_share_no_orm_state(copied: Any) -> None:
     assert inspect(twin).obj() is twin
     assert inspect(twin).transient
     assert made.tool_name == before
-    assert twin.model_copy(update={"tool_name": before}) == made
-
-
-def test_a_copy_keeps_what_was_set_and_takes_updates() -> None:
-    """`model_copy` knows which fields were given, and adds those that it changes."""
-    made = make_event()
-    twin = made.model_copy(update={"approver_id": "anna"})
-
-    assert twin.approver_id == "anna"
-    assert twin.model_fields_set == made.model_fields_set | {"approver_id"}
-    assert made.approver_id is None
-    assert "approver_id" not in made.model_fields_set
+    changed = twin.model_copy(update={"tool_name": before, "approver_id": "anna"})
+    assert changed.model_copy(update={"approver_id": None}) == made
+    assert changed.model_fields_set >= made.model_fields_set | {"approver_id"}
 
 
 def test_deep_copies_and_pickles_share_no_json() -> None:
-    """A change inside the JSON of a deep copy stays there."""
     made = make_event(sanitized_args={"a": {"b": [1]}})
     for twin in (made.model_copy(deep=True), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         twin.sanitized_args["a"]["b"].append(2)
@@ -307,7 +264,6 @@ def test_deep_copies_and_pickles_share_no_json() -> None:
 
 
 def test_validate_takes_mappings_instances_and_objects() -> None:
-    """`model_validate` builds from each, with updates, and always validates."""
     made = make_event()
 
     class Row:
@@ -338,23 +294,17 @@ def test_json_and_type_adapters_build_whole_instances() -> None:
         AuditEvent.model_validate_json(made.model_dump_json().replace('"ALLOW"', '"NEVER"'))
 
 
-@pytest.mark.parametrize("model", [*TABLES, *VALUES])
 @pytest.mark.parametrize("mode", ["validation", "serialization"])
-def test_every_model_has_a_json_schema(model: type[BaseModel], mode: Any) -> None:
+def test_every_model_has_a_json_schema(mode: Any) -> None:
     """FastAPI can document every model, as body and as response, of which some fields are no part."""
-    schema = model.model_json_schema(mode=mode)
-    withheld = (
-        {"key_hash", "previous_key_hash", "token", "output_payload", "acquire_key"}
-        if mode == "serialization"
-        else set()
-    )
-
-    assert schema["type"] == "object"
-    assert set(schema["properties"]) == set(model.model_fields) - withheld
+    secret = {"key_hash", "previous_key_hash", "token", "output_payload", "acquire_key"}
+    for model in (*TABLES, *VALUES):
+        schema = model.model_json_schema(mode=mode)
+        assert schema["type"] == "object"
+        assert set(schema["properties"]) == set(model.model_fields) - (secret if mode == "serialization" else set())
 
 
 def test_values_are_frozen() -> None:
-    """What notifiers and callers are handed cannot be changed."""
     with pytest.raises(ValidationError):
         ToolCall(server="s", tool="t").server = "other"  # type: ignore[misc]
 
@@ -381,7 +331,6 @@ def test_our_tables_are_not_in_the_global_metadata() -> None:
 
 
 def test_every_constraint_and_index_has_a_name() -> None:
-    """Errors can be recognised by constraint, and a later migration can drop it."""
     nameless = [
         (table.name, constraint)
         for table in metadata.tables.values()

@@ -45,13 +45,11 @@ UNCHANGED = [
 ]
 
 
-@pytest.mark.parametrize("value", UNCHANGED, ids=repr)
-def test_what_is_storable_stays(value: Any) -> None:
+def test_what_is_storable_stays() -> None:
     """Ordinary values, control characters and bidi marks among them, pass unflagged."""
-    result, replaced = scrub({"k": value})
-
-    assert json.dumps(result) == json.dumps({"k": value})
-    assert replaced == []
+    for value in UNCHANGED:
+        result, replaced = scrub({"k": value})
+        assert (json.dumps(result), replaced) == (json.dumps({"k": value}), [])
 
 
 REPLACED: list[tuple[Any, Any]] = [
@@ -83,14 +81,14 @@ REPLACED: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("value", "expected"), REPLACED, ids=lambda value: ascii(value)[:40])
-def test_what_is_not_storable_is_replaced_and_reported(value: Any, expected: Any) -> None:
+def test_what_is_not_storable_is_replaced_and_reported() -> None:
     """Each replacement is visible, and reported with its place and a hash."""
-    result, replaced = scrub({"k": [value]})
+    for value, expected in REPLACED:
+        result, replaced = scrub({"k": [value]})
 
-    assert json.dumps(result) == json.dumps({"k": [expected]})
-    assert replaced[0][0].startswith("args.k[0]")
-    assert all(digest is None or len(digest) == 64 for _, digest in replaced)
+        assert json.dumps(result) == json.dumps({"k": [expected]})
+        assert replaced[0][0].startswith("args.k[0]")
+        assert all(digest is None or len(digest) == 64 for _, digest in replaced)
 
 
 def test_objects_are_opened_or_described() -> None:
@@ -152,20 +150,12 @@ def test_a_small_graph_that_unfolds_without_end_is_bounded() -> None:
 def test_long_lists_and_objects_are_cut_where_the_budget_ends() -> None:
     """Of what is too long the beginning is kept, and a marker says how much is missing."""
     listed, listed_flags = scrub([f"item {number:094}" for number in range(10_000)])
-    mapped, mapped_flags = scrub({f"key {number:095}": number for number in range(10_000)})
+    mapped, mapped_flags = scrub({"[cut]": 1} | {f"key {number:095}": number for number in range(9_999)})
 
     assert listed[-1] == f"[cut: {10_000 - len(listed) + 1} more items]"
-    assert mapped["[cut]"] == f"[cut: {10_000 - len(mapped) + 1} more entries]"
+    assert mapped["[cut]~2"] == f"[cut: {10_000 - len(mapped) + 1} more entries]"
     assert 2_000 < len(listed) < 3_000
     assert listed_flags == mapped_flags == [("args", None)]
-
-
-def test_a_key_that_looks_like_our_marker_is_kept() -> None:
-    """The marker of a cut object takes a name of its own."""
-    result, _ = scrub({"[cut]": "mine"} | {f"key {number:095}": number for number in range(10_000)})
-
-    assert result["[cut]"] == "mine"
-    assert result["[cut]~2"].startswith("[cut: ")
 
 
 def test_long_text_is_cut_and_ends_in_its_hash() -> None:
@@ -225,27 +215,21 @@ def test_names_that_meet_lose_nothing_without_a_mark() -> None:
     assert len(second.encode()) <= 1024
 
 
-@pytest.mark.parametrize("value", [*UNCHANGED, "[cut: it", "a [cut: 1 more items] b", "x" * 65_536, "\0", math.nan])
-def test_what_is_whole_holds_no_mark(value: Any) -> None:
-    assert not is_cut(Scrubber(marks_cuts=True).json("args", {"k": [value]}))
+def test_what_is_whole_holds_no_mark() -> None:
+    for value in (*UNCHANGED, "[cut: it", "a [cut: 1 more items] b", "x" * 65_536, "\0", math.nan):
+        assert not is_cut(Scrubber(marks_cuts=True).json("args", {"k": [value]}))
 
 
-@pytest.mark.parametrize("text", ["x" * 512, "\u20ac" * 170, "\U0001f600" * 128])
-def test_ids_up_to_512_bytes_stay(text: str) -> None:
-    """The limit is in bytes of UTF-8, and inclusive."""
-    assert storable_key(text) == text
-
-
-@pytest.mark.parametrize("text", ["x" * 513, "\u20ac" * 171, "\U0001f600" * 129, "\ud800" * 171, "\0" * 200])
-def test_longer_ids_end_in_their_hash(text: str) -> None:
-    """Above the limit an id is cut, ends in ~ and a SHA-256, fits, and is its own storable form."""
-    kept = storable_key(text)
-    other = storable_key(text + "x")
-
-    assert len(kept.encode()) <= MAX_KEY_BYTES
-    assert kept[-65] == "~"
-    assert kept != other
-    assert storable_key(kept) == kept
+def test_longer_ids_end_in_their_hash() -> None:
+    """Above 512 bytes of UTF-8 an id is cut, ends in ~ and a SHA-256, fits, and is its own storable form."""
+    for text in ("x" * 512, "\u20ac" * 170, "\U0001f600" * 128):
+        assert storable_key(text) == text
+    for text in ("x" * 513, "\u20ac" * 171, "\U0001f600" * 129, "\ud800" * 171, "\0" * 200):
+        kept = storable_key(text)
+        assert len(kept.encode()) <= MAX_KEY_BYTES
+        assert kept[-65] == "~"
+        assert kept != storable_key(text + "x")
+        assert storable_key(kept) == kept
 
 
 def test_keys_that_become_the_same_stay_apart() -> None:
@@ -292,22 +276,13 @@ def test_long_keys_in_deep_objects_cost_little() -> None:
     assert all(len(place.encode()) <= MAX_KEY_BYTES for place, _ in replaced)
 
 
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [
-        (0.5, 0.5),
-        (math.nan, 0.0),
-        (math.inf, 1.7976931348623157e308),
-        (-math.inf, -1.7976931348623157e308),
-        (-0.0, 0.0),
-    ],
-)
-def test_scores_become_finite(given: float, kept: float) -> None:
+def test_scores_become_finite() -> None:
     """A float column gets a number that every database holds."""
-    row = to_values(encode_event(make_event(risk_score=given)))
-
-    assert repr(row["risk_score"]) == repr(kept)
-    assert [flag.field for flag in row["redaction_flags"]] == ([] if given == 0.5 else ["risk_score"])
+    largest = 1.7976931348623157e308
+    for score, kept in ((0.5, 0.5), (math.nan, 0.0), (math.inf, largest), (-math.inf, -largest), (-0.0, 0.0)):
+        row = to_values(encode_event(make_event(risk_score=score)))
+        assert repr(row["risk_score"]) == repr(kept)
+        assert [flag.field for flag in row["redaction_flags"]] == ([] if score == 0.5 else ["risk_score"])
 
 
 def test_flags_name_the_place_and_never_the_original() -> None:
@@ -336,15 +311,6 @@ def test_flags_name_the_place_and_never_the_original() -> None:
     original = [flag for flag in flags if SECRET in repr(flag) and flag.field != f"sanitized_args.b.{SECRET}"]
     assert original == []
     assert (row["latency_ms"], row["tool_name"], row["risk_labels"]) == (2**63 - 1, "\ufffd", ["ok", "\u2400"])
-
-
-def test_the_event_is_not_changed() -> None:
-    """Scrubbing makes a new row; the caller's event, and what it holds, stays."""
-    made = make_event(sanitized_args={"a": ["\0", {"b": math.inf}]}, tool_name="\0")
-    before = repr(made)
-    encode_event(made)
-
-    assert repr(made) == before
 
 
 nasty_text = st.text(st.characters(), max_size=8) | st.text(
