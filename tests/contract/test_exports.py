@@ -32,7 +32,7 @@ from proofs.hostile import Hostile
 JSON_COLUMNS = ("sanitized_args", "risk_labels", "redaction_flags", "extra")
 
 
-async def fill(store: GatewayStore, count: int = 60) -> Page[AuditEvent]:
+async def fill(store: GatewayStore, count: int = 30) -> Page[AuditEvent]:
     """Write hostile events; returns them as they are stored, newest first."""
     hostile = Hostile(23)
     await store.audit.write_many(hostile.event() for _ in range(count))
@@ -65,7 +65,7 @@ async def test_bulk_frames_are_those_of_a_page(store: GatewayStore) -> None:
     assert list(none.to_pandas()["decision"].cat.categories) == list(events.to_pandas()["decision"].cat.categories)
     assert list(frames[0].dtypes) == list(events.to_pandas().dtypes)
     assert frames[1].schema == events.to_polars().schema
-    assert [len(frame) for frame in frames] == [60, 60]
+    assert [len(frame) for frame in frames] == [30, 30]
 
 
 @POSTGRES
@@ -81,8 +81,8 @@ async def test_export_import_export_gives_the_same_events(store: GatewayStore, t
         second = await other.audit.export(tmp_path / f"2-{name}", partition_by=by_day)
         moved = await other.audit.list_recent(1_000)
 
-    assert (first.rows, second.rows) == (60, 60)
-    assert (outcomes, again) == ({WriteOutcome.STORED: 60}, {WriteOutcome.DUPLICATE: 60})
+    assert (first.rows, second.rows) == (30, 30)
+    assert (outcomes, again) == ({WriteOutcome.STORED: 30}, {WriteOutcome.DUPLICATE: 30})
     assert values(moved) == values(events)
     written = tmp_path / name
     assert first.bytes == sum(each.stat().st_size for each in [written, *written.rglob("*")] if each.is_file())
@@ -104,7 +104,7 @@ async def test_jsonl_is_what_the_models_dump(store: GatewayStore, tmp_path: Path
         each.model_dump(mode="json") for each in events[::-1]
     ]
     assert gzip.decompress((tmp_path / "e.jsonl.gz").read_bytes()) == text
-    assert (result.bytes, result.files, result.format, told[-1]) == (len(text), 1, "jsonl", 60)
+    assert (result.bytes, result.files, result.format, told[-1]) == (len(text), 1, "jsonl", 30)
 
 
 @POSTGRES
@@ -241,7 +241,7 @@ async def test_a_failed_export_leaves_nothing(
 
 async def test_a_cancelled_read_leaves_nothing_behind(store: GatewayStore, tmp_path: Path) -> None:
     """No file and no connection in use, at whatever moment it is cancelled; the store goes on."""
-    await store.audit.write_many(make_event() for _ in range(3_000))
+    await store.audit.write_many(make_event() for _ in range(1_500))
     reads: list[Callable[[], Any]] = [
         lambda: store.audit.export(tmp_path / "e.jsonl"),
         lambda: store.audit.export(tmp_path / "e.parquet"),
@@ -260,7 +260,7 @@ async def test_a_cancelled_read_leaves_nothing_behind(store: GatewayStore, tmp_p
             each.unlink(missing_ok=True)
         shutil.rmtree(tmp_path / "days", ignore_errors=True)
 
-    assert (await store.audit.stats())[0]["calls"] == 3_000
+    assert (await store.audit.stats())[0]["calls"] == 1_500
 
 
 async def test_a_database_in_memory_survives_a_broken_read(tmp_path: Path) -> None:

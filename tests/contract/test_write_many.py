@@ -38,11 +38,11 @@ async def numbered_async(count: int, *, fail: bool = False) -> AsyncIterator[Aud
 
 
 async def test_any_source_is_stored_in_its_order(store: GatewayStore) -> None:
-    for source in (list(numbered(2_121)), numbered(2_121), numbered_async(2_121)):
-        assert await store.audit.write_many(source) == {STORED: 2_121}
+    for source in (list(numbered(10)), numbered(2_121), numbered_async(10)):
+        assert set(await store.audit.write_many(source)) == {STORED}
 
-    assert [event.latency_ms for event in await stored_events(store)] == list(range(2_121)) * 3
-    assert store.audit.counters.stored == 3 * 2_121
+    assert [event.latency_ms for event in await stored_events(store)] == [*range(10), *range(2_121), *range(10)]
+    assert store.audit.counters.stored == 2_141
 
 
 @POSTGRES
@@ -122,9 +122,9 @@ async def test_a_bound_store_stamps_its_organisation(store: GatewayStore) -> Non
 
 
 async def test_a_recorded_event_shares_the_fate_of_the_callers_work(own_database_url: str) -> None:
-    """200 transactions of the caller's, half of them rolled back at a random point: rows and work agree exactly."""
+    """Of 80 transactions of the caller's half are rolled back at a random point: rows and work agree exactly."""
     rng, limit = random.Random(5), asyncio.Semaphore(10)
-    plans = [rng.choice(("before", "between", "after")) if number % 2 else None for number in range(200)]
+    plans = [rng.choice(("before", "between", "after")) if number % 2 else None for number in range(80)]
     insert = text("INSERT INTO work (name) VALUES (:name)")
 
     async with GatewayStore(own_database_url, redis_url="") as store:

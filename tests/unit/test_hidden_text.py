@@ -47,7 +47,8 @@ def hidden(code: int) -> bool:
 
 
 # Of the private and unassigned planes one in a thousand is enough for the surfaces; `escape` itself is asked for all.
-SAMPLE = [code for code in sorted({*range(0x3000), *range(0, 0x110000, 1000), *DEFAULT_IGNORABLE}) if hidden(code)]
+_ASKED = {*range(0x3000), *range(0, 0x110000, 1000), *(each for each in DEFAULT_IGNORABLE if each < 0xE0080)}
+SAMPLE = [code for code in sorted(_ASKED) if hidden(code)]
 _SAMPLE = set(map(chr, SAMPLE))
 TEXT = "".join(map(chr, (code for code in SAMPLE if not 0xD800 <= code < 0xE000)))
 
@@ -217,7 +218,7 @@ def test_different_texts_are_shown_differently(one: str, other: str) -> None:
     assert (escape(one, keep="\n") == escape(other, keep="\n")) == (one == other)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(arguments, arguments)
 def test_different_arguments_are_different_lines(one: dict[str, Any], other: dict[str, Any]) -> None:
     """On one line and over several, also where a value is written to look like several arguments."""
