@@ -232,7 +232,6 @@ async def test_broken_session_does_not_lose_the_next_event(session: AsyncSession
 
 
 async def test_database_that_is_gone_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """A server that does not answer costs the pipeline no error."""
     engine = create_engine("postgresql://nobody:s3cret-pass@127.0.0.1:1/none")
     async with AsyncSession(engine) as session:
         assert await AuditLogger(session).write(make_event()) == "LOST"

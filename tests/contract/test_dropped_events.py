@@ -67,7 +67,6 @@ async def test_the_log_says_what_to_do_about_events_that_wait_and_are_dropped(
 async def test_a_dropped_event_stops_the_call_in_the_strict_mode(
     dropping_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And the transaction that it joins, by one sentence with the next step."""
     dropped = make_event(caller_id="mallory")
     async with GatewayStore(dropping_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as store:
         with pytest.raises(AuditUnavailableError):

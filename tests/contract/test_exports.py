@@ -71,7 +71,6 @@ async def test_bulk_frames_are_those_of_a_page(store: GatewayStore) -> None:
 @POSTGRES
 @pytest.mark.parametrize("name", ["e.jsonl", "e.jsonl.gz", "e.ndjson.zst", "e.parquet", "by_day"])
 async def test_export_import_export_gives_the_same_events(store: GatewayStore, tmp_path: Path, name: str) -> None:
-    """Hostile events included, ids aside; importing again changes nothing."""
     events = await fill(store)
     by_day: Any = "day" if name == "by_day" else None
     first = await store.audit.export(tmp_path / name, partition_by=by_day)

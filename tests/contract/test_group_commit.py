@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 from collections.abc import Callable
 
 import pytest
 from contract_helpers import POSTGRES, until
-from sqlalchemy import inspect, text
+from sqlalchemy import text
 
 import agent_gateway_store.audit.writer as writer_module
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
@@ -55,19 +54,6 @@ async def test_a_lone_write_is_committed_when_it_returns(store: GatewayStore, da
     assert store.audit.counters.stored == 1
 
 
-async def test_two_hundred_concurrent_writers_are_all_stored(store: GatewayStore) -> None:
-    """Each is told STORED, each event is there once, and they share a few commits."""
-    backend = await WatchedBackend.within(store)
-
-    outcomes = await asyncio.gather(*await begin_writes(store, 200))
-
-    assert outcomes == [STORED] * 200
-    assert list((await stored_ids(store)).values()) == [1] * 200
-    assert sum(backend.batches) == 200
-    assert len(backend.batches) < 20
-    assert (store.audit.counters.stored, store.audit.counters.queue_depth) == (200, 0)
-
-
 @pytest.fixture
 def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no crowd shared out, so that a batch holds everything that waited."""
@@ -110,20 +96,6 @@ async def test_a_crowd_is_taken_from_the_first_on(store: GatewayStore, size: int
     assert await asyncio.gather(*await begin_writes(store, size)) == [STORED] * size
 
     assert backend.batches == ([32, 32] if size == 64 and backend.places == 2 else [size])
-
-
-@POSTGRES
-async def test_the_event_itself_is_not_changed(store: GatewayStore) -> None:
-    """It gets no id and no hash, keeps its nested values, and belongs to no session."""
-    event = make_event(sanitized_args={"nul": "\0", "deep": [{"a": {1, 2}}]}, org_id="theirs")
-    before = event.model_copy(deep=True)
-
-    assert await store.for_org("ours").audit.write(event) is STORED
-    assert await store.audit.write_many([event]) == {STORED: 1}
-
-    assert event.model_dump() == before.model_dump()
-    assert (event.id, event.content_hash) == (None, None)
-    assert inspect(event).transient
 
 
 @POSTGRES
@@ -187,28 +159,6 @@ async def test_cancelling_every_task_loses_nothing(database_url: str, lone: bool
 
 
 @POSTGRES
-async def test_a_cancelled_lone_caller_leaves_no_error_behind(
-    store: GatewayStore, database_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """In the strict mode nobody is left to hear that its event was refused, so the loop does not complain either."""
-    settings = StoreSettings(audit_mode="strict")
-    async with GatewayStore(database_url, redis_url="", settings=settings) as strict:
-        backend = await WatchedBackend.within(strict)
-        backend.gate.clear()
-        task = (await begin_writes(strict, 1))[0]
-        await asyncio.sleep(0)
-        backend.fault = "away"
-        task.cancel()
-        backend.gate.set()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await strict.audit.flush()
-    gc.collect()
-
-    assert "never retrieved" not in caplog.text
-
-
-@POSTGRES
 @pytest.mark.parametrize("limit", ["rows", "bytes"])
 async def test_a_full_queue_holds_writers_back(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch, limit: str
@@ -262,20 +212,6 @@ async def test_one_bad_row_fails_nobody_else(refusing_url: str, mode: str) -> No
         if mode == "spool":
             assert len(spooled_ids(settings.audit_spool_path, poisoned=True)) == 1
             assert spooled_ids(settings.audit_spool_path) == []
-
-
-async def test_a_bad_row_alone_and_in_bulk_is_set_aside(refusing_url: str) -> None:
-    """The single-row way and `write_many` keep the refused event as the batches do."""
-    async with GatewayStore(refusing_url, redis_url="") as store:
-        alone = await store.audit.write(make_event(tool_name="poison"))
-        counts = await store.audit.write_many(
-            make_event(tool_name="poison" if number % 50 == 7 else "good") for number in range(150)
-        )
-
-        assert alone is SPOOLED
-        assert counts == {STORED: 147, SPOOLED: 3}
-        assert len(await stored_ids(store)) == 147
-        assert (store.audit.counters.stored, store.audit.counters.spooled) == (147, 4)
 
 
 @POSTGRES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -90,16 +89,6 @@ async def test_a_decision_is_never_made_up(store: GatewayStore, field: str) -> N
     ]
 
     assert set(outcomes) == {"LOST"}
-
-
-@POSTGRES
-async def test_many_events_are_stored_beside_hostile_ones(store: GatewayStore) -> None:
-    events = [
-        make_event(request_id=str(place), sanitized_args={"a": each}) for place, each in enumerate(OBJECTS.values())
-    ]
-    bad = make_event().model_copy(update={"decision": OBJECTS["no class"]})
-
-    assert await store.audit.write_many([*events[:5], bad, *events[5:]]) == Counter(STORED=len(events), LOST=1)
 
 
 @POSTGRES

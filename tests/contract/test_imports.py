@@ -51,7 +51,6 @@ def _by_duckdb(path: Path) -> None:
 
 
 async def test_what_another_program_copied_is_the_same_events(store: GatewayStore, tmp_path: Path) -> None:
-    """Types of columns may differ, and pandas may add its index."""
     path = tmp_path / "e.parquet"
     await _exported(store, path)
     for rewritten in (_by_polars, _by_duckdb, _by_pandas):
@@ -142,7 +141,6 @@ async def test_a_packed_file_that_is_not_whole_is_one_sentence(
 
 
 async def test_a_column_that_no_event_has_is_refused(store: GatewayStore, tmp_path: Path) -> None:
-    """As an unknown name in JSONL is: nothing of a file is left out silently."""
     path = tmp_path / "e.parquet"
     await _exported(store, path)
     table = parquet.read_table(path)

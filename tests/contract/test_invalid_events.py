@@ -73,7 +73,6 @@ async def test_an_invalid_event_costs_no_other_one(
 
 
 async def test_the_strict_mode_refuses_an_invalid_event(database_url: str) -> None:
-    """The call must not go through; the cause says why."""
     async with GatewayStore(database_url, redis_url="", settings=StoreSettings(audit_mode="strict")) as strict:
         with pytest.raises(errors.AuditUnavailableError, match="The event is not valid") as caught:
             await strict.audit.write(make_event().model_copy(update={"decision": "MAYBE"}))
@@ -93,7 +92,6 @@ async def test_an_invalid_value_is_replaced_and_flagged(store: GatewayStore, giv
 
 
 async def test_an_invalid_time_or_flag_is_replaced(store: GatewayStore) -> None:
-    """By the time of the write; the flags that are valid stay."""
     flag = RedactionFlag(field="caller_id", reason="KNOWN")
     given = {"timestamp": "noon", "redaction_flags": [flag, {"field": 5}]}
     before = clock.utc_now()

@@ -91,7 +91,6 @@ async def test_other_writers_overtake_a_large_event(store: GatewayStore, threads
 async def test_a_cancelled_caller_takes_no_large_event_with_it(
     store: GatewayStore, threads: Threads, cancelled: str
 ) -> None:
-    """It is stored all the same, and closing waits for it."""
     before = asyncio.all_tasks()
     threads.gate.clear()
     event = make_event(**LARGE["names"])
@@ -106,14 +105,6 @@ async def test_a_cancelled_caller_takes_no_large_event_with_it(
 
     assert caller.cancelled()
     assert [each.request_id for each in await stored_events(store)] == [event.request_id]
-
-
-async def test_a_large_event_that_is_not_valid_is_lost(store: GatewayStore, threads: Threads) -> None:
-    """As a small one is, and told the same way."""
-    event = make_event(**LARGE["text"]).model_copy(update={"decision": "MAYBE"})
-
-    assert await store.audit.write(event) is LOST
-    assert len(threads.events) == 1
 
 
 async def test_values_edited_meanwhile_raise_nothing(store: GatewayStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from contract_helpers import POSTGRES, until
 from sqlalchemy import text
 
-from agent_gateway_store import AuditEvent, GatewayStore, SyncGatewayStore, errors
+from agent_gateway_store import AuditEvent, GatewayStore, errors
 from agent_gateway_store.audit.doors import renew_identity
 from agent_gateway_store.shipping.shipper import MOVE, POSITION
 from builders import make_event
@@ -264,7 +264,6 @@ async def test_cancelled_it_ends_after_the_batch_under_way(store: GatewayStore) 
 
 @POSTGRES
 async def test_a_cursor_that_another_moved_stays(store: GatewayStore) -> None:
-    """A shipper that was left behind moves nothing, and sends no more."""
     ids = await fill(store, 3)
 
     async def act(_: Sequence[AuditEvent]) -> None:
@@ -383,19 +382,3 @@ async def test_sinks_of_an_organisation_are_apart(store: GatewayStore) -> None:
     assert not await store.for_org("b").sinks.dead_letters()
     assert await store.for_org("b").sinks.redrive() == 0
     assert not await store.for_org("b").sinks.forget("box")
-
-
-@POSTGRES
-def test_the_blocking_store_ships(database_url: str) -> None:
-    box = Box(refusing("event-1"))
-    with SyncGatewayStore(database_url, redis_url="") as store:
-        for n in range(3):
-            store.audit.write(make_event(request_id=f"event-{n}"))
-        assert store.audit.ship(box, once=True) == 2
-        assert [row["dead"] for row in store.sinks.list()] == [1]
-        assert store.sinks.redrive("box") == 1
-        box.act = None
-        assert store.audit.ship(box, once=True) == 1
-        assert (list(store.sinks.dead_letters()), store.sinks.forget("box")) == ([], True)
-
-    assert box.ids == ["event-0", "event-2", "event-1"]

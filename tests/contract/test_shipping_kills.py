@@ -53,7 +53,6 @@ async def test_killed_at_any_step_it_skips_nothing(
 async def test_killed_at_any_moment_it_skips_nothing(
     store: GatewayStore, database_url: str, tmp_path: Path, kills: int
 ) -> None:
-    """At random moments, while events are written."""
     file = tmp_path / "log.jsonl"
     assert await asyncio.to_thread(run_script, "shipping_process.py", database_url, file, "moments", kills) == kills
     await require_shipped(store, file)

@@ -39,7 +39,6 @@ async def counted(store: GatewayStore, by: Any = None, **options: Any) -> list[t
 
 @cases("name", ZONES)
 async def test_hours_and_weekdays_are_those_of_the_zone(filled: GatewayStore, name: str) -> None:
-    """As Python counts them one by one, in the order of the week."""
     zone = ZoneInfo(name)
     local = [at.astimezone(zone) for at in TIMES]
 
@@ -92,7 +91,6 @@ async def test_an_unknown_zone_is_refused(store: GatewayStore, name: str) -> Non
 
 
 async def test_events_of_any_year_have_an_hour(store: GatewayStore) -> None:
-    """The first and the last instant, too."""
     for number, at in enumerate((datetime.min, datetime.max)):
         await store.audit.write(make_event(request_id=f"z-{number}", timestamp=at.replace(tzinfo=UTC)))
 

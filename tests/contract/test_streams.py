@@ -78,7 +78,6 @@ async def test_closing_the_store_ends_a_stream_that_waits_for_its_consumer(
 
 
 async def test_a_stream_in_memory_ends_with_its_store() -> None:
-    """It holds no connection, and yet yields nothing from a closed store."""
     async with GatewayStore("sqlite://") as store:
         await fill(store)
         stream = store.audit.stream()
@@ -89,7 +88,6 @@ async def test_a_stream_in_memory_ends_with_its_store() -> None:
 
 
 async def test_a_step_that_runs_is_waited_for(database_url: str) -> None:
-    """Closing lets it end and return what it read; only the next one raises."""
     store = GatewayStore(database_url)
     await store.open()
     database, gate, ended = store.database, asyncio.Event(), []

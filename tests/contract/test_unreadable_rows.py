@@ -134,7 +134,6 @@ async def test_an_altered_event_hides_no_other(database_url: str) -> None:
 
 @SQLITE
 async def test_an_event_of_no_time_is_told_in_one_sentence(database_url: str) -> None:
-    """Nothing may stand for when it was."""
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
         await sealed(store)
         await tamper(store.database.engine, "UPDATE audit_events SET timestamp = 'garbage' WHERE request_id = 'r-1'")
@@ -237,7 +236,6 @@ async def test_an_altered_approval_releases_nothing_and_hides_no_other(
 
 @SQLITE
 async def test_an_altered_approval_stops_no_restore(database_url: str) -> None:
-    """It is cancelled with the others, and its notices go with theirs."""
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS, plugins=[RecordingNotifier()]) as store:
         for number in range(2):
             await store.approvals.issue_token(make_request(request_id=f"r-{number}"))
@@ -262,7 +260,6 @@ async def test_an_altered_approval_stops_no_restore(database_url: str) -> None:
 
 @SQLITE
 async def test_what_is_no_utf8_stops_no_sweep(database_url: str) -> None:
-    """What is overdue ends together."""
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
         for number in range(2):
             await store.approvals.issue_token(make_request(request_id=f"r-{number}"))
@@ -276,7 +273,6 @@ async def test_what_is_no_utf8_stops_no_sweep(database_url: str) -> None:
 
 
 async def test_an_altered_use_stops_no_later_ask(database_url: str) -> None:
-    """Of the use before, approvers are told what can be read."""
     time = FAR if database_url.startswith("postgres") else "'x'"
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
         asked = await store.approvals.acquire(make_request())
@@ -351,7 +347,6 @@ async def test_an_altered_hold_keeps_everything_until_it_is_released(
 async def test_bulk_reads_of_an_altered_event_raise_one_sentence_or_repair_it(
     database_url: str, tmp_path: Path, name: str, value: str
 ) -> None:
-    """What a search does, or the error that names the row."""
     async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
         await sealed(store)
         await tamper(store.database.engine, f"UPDATE audit_events SET {name} = {value} WHERE request_id = 'r-1'")

@@ -46,34 +46,14 @@ async def test_any_source_is_stored_in_its_order(store: GatewayStore) -> None:
 
 
 @POSTGRES
-async def test_an_empty_source_stores_nothing(store: GatewayStore) -> None:
-    backend = await WatchedBackend.within(store)
-
-    assert await store.audit.write_many([]) == {}
-    assert await store.audit.write_many(numbered_async(0)) == {}
-    assert backend.batches == []
-
-
-@POSTGRES
 @pytest.mark.parametrize(("make", "count"), [(numbered, 73), (numbered_async, 0), (numbered_async, 2_073)])
 async def test_what_a_source_gave_before_it_raised_is_stored(store: GatewayStore, make: Any, count: int) -> None:
-    """The error reaches the caller; every event before it is in the database."""
     source = make(count, fail=True)
 
     with pytest.raises(SourceFailedError):
         await store.audit.write_many(source)
 
     assert [event.latency_ms for event in await stored_events(store)] == list(range(count))
-
-
-@POSTGRES
-async def test_what_is_no_event_stops_the_source(store: GatewayStore) -> None:
-    """Something else in the iterable raises; the events before it are stored, those behind it are not."""
-    with pytest.raises(TypeError, match="not NoneType"):
-        await store.audit.write_many([*numbered(60), None, *numbered(60)])  # type: ignore[list-item]
-
-    assert len(await stored_events(store)) == 60
-    assert await store.audit.write(make_event()) is STORED
 
 
 @POSTGRES
@@ -92,33 +72,6 @@ async def test_batches_begun_survive_a_cancelled_caller(store: GatewayStore) -> 
         await bulk
 
     assert len(await stored_ids(store)) == sum(backend.batches)
-
-
-async def test_bulk_and_single_writes_go_on_side_by_side(store: GatewayStore) -> None:
-    """Two bulk writers and forty single ones at once: everything is there, and the counts add up."""
-    results = await asyncio.gather(
-        store.audit.write_many(numbered(2_100)),
-        store.audit.write_many(numbered_async(2_100)),
-        *(store.audit.write(make_event()) for _ in range(40)),
-    )
-
-    assert results == [{STORED: 2_100}, {STORED: 2_100}, *[STORED] * 40]
-    assert len(await stored_ids(store)) == 4_240
-    assert store.audit.counters.stored == 4_240
-
-
-async def test_a_bound_store_stamps_its_organisation(store: GatewayStore) -> None:
-    """`for_org` stamps single, bulk and recorded events, whatever organisation they name."""
-    bound = store.for_org("acme")
-
-    await bound.audit.write(make_event(org_id="evil"))
-    await bound.audit.write_many([make_event(org_id="evil"), make_event()])
-    async with store.database.sessions() as session, session.begin():
-        await bound.audit.record(make_event(org_id="evil"), session=session)
-    await store.audit.write(make_event(org_id="other"))
-
-    assert [event.org_id for event in await stored_events(store)] == ["acme"] * 4 + ["other"]
-    assert len(await bound.audit.list_recent()) == 4
 
 
 async def test_a_recorded_event_shares_the_fate_of_the_callers_work(own_database_url: str) -> None:

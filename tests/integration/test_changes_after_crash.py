@@ -136,7 +136,6 @@ async def test_what_is_written_after_a_crash_is_new(server: PostgresServer, url:
 async def test_a_follower_that_runs_through_crashes_misses_nothing(
     server: PostgresServer, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waits while the server is away, and sees each event once."""
     seen: list[str] = []
     looked, may_look = asyncio.Event(), asyncio.Event()
 

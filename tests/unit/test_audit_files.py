@@ -44,7 +44,6 @@ def test_a_name_that_is_no_utf_8_is_a_name(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names are Unicode there")
 def test_a_name_that_the_locale_lacks_is_a_name(tmp_path: Path) -> None:
-    """As for whoever logs in without a locale; names may have 255 bytes."""
     code = (
         "import pathlib, sys; from agent_gateway_store.storage.files import partial\n"
         "with partial(pathlib.Path(sys.argv[1]), overwrite=False) as written: written.write_text('ours')"

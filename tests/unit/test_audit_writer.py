@@ -65,7 +65,6 @@ async def fill(spool: Spool, count: int) -> list[str]:
 
 
 async def test_a_row_leaves_the_spool_after_its_commit(database: Database, spool: Spool) -> None:
-    """A commit that fails in between loses nothing."""
     ids = await fill(spool, 3)
     writer = AuditWriter(database, spool)
     database.is_away = True
@@ -73,19 +72,6 @@ async def test_a_row_leaves_the_spool_after_its_commit(database: Database, spool
 
     database.is_away = False
     assert await writer.flush() == 0
-    await writer.close()
-
-    assert database.committed == ids
-
-
-async def test_more_rows_than_one_commit_takes_come_back_by_themselves(database: Database, spool: Spool) -> None:
-    """In order and once, after nothing but the opening."""
-    ids = await fill(spool, 1_201)
-    writer = AuditWriter(database, spool)
-    await writer.open()
-    async with asyncio.timeout(20):
-        while await spool.counts() != (0, 0):
-            await asyncio.sleep(0.01)
     await writer.close()
 
     assert database.committed == ids
@@ -155,21 +141,3 @@ async def test_a_spool_that_cannot_be_read_is_named_once(
     said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert "is away" in said[0]
     assert ["cannot be brought in yet (KeyError)" in line for line in said[1:]] == [True] * count
-
-
-async def test_rows_of_a_new_spool_file_are_not_taken_for_those_that_could_not_be_removed(
-    database: Database, tmp_path: Path
-) -> None:
-    """The file was removed meanwhile, and the same ids are other rows now."""
-    spool = FullDisk(tmp_path / "spool.db", make_url("postgresql://host/db"), "identity")
-    old = await fill(spool, 3)
-    writer = AuditWriter(database, spool)
-    await writer.flush()
-    spool.path.unlink()
-    spool.is_full = False
-    new = await fill(spool, 2)
-    assert await writer.flush() == 0
-    await writer.close()
-    await spool.close()
-
-    assert database.committed == old + new

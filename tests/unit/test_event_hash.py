@@ -197,7 +197,6 @@ NEARLY_PLAIN: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", NEARLY_PLAIN, ids=repr)
 def test_the_quick_way_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
-    """Most events take it; whether one does or not changes nothing of its row."""
     event, plain = make_event(**fields), make_event()
     quick = [encode_event(each, org_id=org_id) for each in (event, plain) for org_id in (None, "acme")]
     assert record._plain_row(record._values_of(plain), None) == quick[2]

@@ -136,7 +136,6 @@ SURFACES: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("surface", SURFACES)
 def test_no_surface_lets_hidden_characters_through(surface: str) -> None:
-    """In names, arguments, labels, explanations and approvers alike."""
     drawn = "".join(SURFACES[surface](TEXT[at : at + 100]) for at in range(0, len(TEXT), 100))
 
     assert leaks(drawn, keep="\n\r\t") == []
@@ -213,7 +212,6 @@ arguments = st.dictionaries(hard, values, max_size=3)
 @settings(max_examples=150)
 @given(hard, hard)
 def test_different_texts_are_shown_differently(one: str, other: str) -> None:
-    """Also texts that hold what looks like an escape."""
     assert (escape(one) == escape(other)) == (one == other)
     assert (escape(one, keep="\n") == escape(other, keep="\n")) == (one == other)
 

@@ -89,15 +89,6 @@ def test_a_refused_value_is_not_committed(session: Session) -> None:
     assert stored(session, made) == made
 
 
-def test_assigning_the_same_value_writes_nothing(session: Session) -> None:
-    """The ORM's history compares what was accepted, not what was typed."""
-    made = saved(session, event(decision="DENY"))
-    made.decision = "DENY"  # type: ignore[assignment]
-    made.latency_ms = 12.2  # type: ignore[assignment]
-
-    assert not session.is_modified(made)
-
-
 def test_loaded_rows_know_all_their_fields(session: Session) -> None:
     """`model_fields_set` of a row read is full, so that exclude_unset leaves nothing out."""
     made = saved(session, event())
@@ -209,7 +200,6 @@ def test_the_token_column_holds_a_digest(session: Session) -> None:
 
 
 def test_changing_a_loaded_request_keeps_its_token(session: Session) -> None:
-    """The None that reading gives is not written back, nor by a merge."""
     saved(session, request(token="t"))
     digest = raw(session, "approval_requests.token")
     session.expunge_all()

@@ -72,7 +72,6 @@ def test_wrong_values_are_refused_when_constructing_and_when_assigning(field: st
 
 
 def test_missing_and_unknown_fields_are_refused() -> None:
-    """A misspelt field name is an error, not a field that is silently dropped."""
     incomplete = {name: value for name, value in event_fields().items() if name != "caller_id"}
 
     with pytest.raises(ValidationError, match="caller_id"):
@@ -255,14 +254,6 @@ def test_copies_share_no_orm_state(copied: Any) -> None:
     assert changed.model_fields_set >= made.model_fields_set | {"approver_id"}
 
 
-def test_deep_copies_and_pickles_share_no_json() -> None:
-    made = make_event(sanitized_args={"a": {"b": [1]}})
-    for twin in (made.model_copy(deep=True), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-        twin.sanitized_args["a"]["b"].append(2)
-
-    assert made.sanitized_args == {"a": {"b": [1]}}
-
-
 def test_validate_takes_mappings_instances_and_objects() -> None:
     made = make_event()
 
@@ -281,7 +272,6 @@ def test_validate_takes_mappings_instances_and_objects() -> None:
 
 
 def test_json_and_type_adapters_build_whole_instances() -> None:
-    """What comes from JSON or a TypeAdapter is validated and has an ORM state."""
     made = make_event(redaction_flags=[RedactionFlag(field="a", reason="PII")])
     from_json = AuditEvent.model_validate_json(made.model_dump_json())
     adapted = TypeAdapter(list[AuditEvent]).validate_python([made.model_dump()])[0]
@@ -304,13 +294,7 @@ def test_every_model_has_a_json_schema(mode: Any) -> None:
         assert set(schema["properties"]) == set(model.model_fields) - (secret if mode == "serialization" else set())
 
 
-def test_values_are_frozen() -> None:
-    with pytest.raises(ValidationError):
-        ToolCall(server="s", tool="t").server = "other"  # type: ignore[misc]
-
-
 def test_our_tables_are_not_in_the_global_metadata() -> None:
-    """A host's own SQLModel tables and migrations never meet ours."""
     assert set(metadata.tables) == {
         "api_keys",
         "approval_requests",

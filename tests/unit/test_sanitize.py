@@ -21,7 +21,7 @@ from agent_gateway_store.audit.record import encode_event, to_values
 from agent_gateway_store.encoding.sanitize import MAX_JSON_CHARS, MAX_KEY_BYTES, MAX_TEXT_BYTES, Scrubber, storable_key
 from agent_gateway_store.models.audit import RedactionFlag
 from builders import make_event
-from oddities import Broken, Level, Model, Point, Unreadable, nested
+from oddities import Broken, Level, Point, nested
 
 pytestmark = pytest.mark.unit
 
@@ -32,11 +32,6 @@ def scrub(value: Any) -> tuple[Any, list[tuple[str, str | None]]]:
     scrubber = Scrubber()
     result = scrubber.json("args", value)
     return result, scrubber.replaced
-
-
-class Shouting(str):
-    def __str__(self) -> str:
-        return "something else"
 
 
 UNCHANGED = [
@@ -82,24 +77,12 @@ REPLACED: list[tuple[Any, Any]] = [
 
 
 def test_what_is_not_storable_is_replaced_and_reported() -> None:
-    """Each replacement is visible, and reported with its place and a hash."""
     for value, expected in REPLACED:
         result, replaced = scrub({"k": [value]})
 
         assert json.dumps(result) == json.dumps({"k": [expected]})
         assert replaced[0][0].startswith("args.k[0]")
         assert all(digest is None or len(digest) == 64 for _, digest in replaced)
-
-
-def test_objects_are_opened_or_described() -> None:
-    """Enums, tuples, dataclasses and models become JSON of their own; other objects one line of text."""
-    result, _ = scrub({"e": Level.NAME, "t": (1,), "d": Point(2), "m": Model(x=1, extra=2), "s": Shouting("own")})
-    objects, replaced = scrub([Broken(), Unreadable(a=1), object()])
-
-    assert result == {"e": "name", "t": [1], "d": {"x": 2}, "m": {"x": 1, "extra": 2}, "s": "own"}
-    assert all(text.startswith("$object:") for text in objects)
-    assert objects[0].endswith("Broken:?")
-    assert len(replaced) == 3
 
 
 def test_huge_integers_are_cut() -> None:
@@ -139,10 +122,8 @@ def test_a_small_graph_that_unfolds_without_end_is_bounded() -> None:
     value: Any = ["leaf"]
     for _ in range(60):
         value = [value, value]
-    started = time.monotonic()
     result, replaced = scrub(value)
 
-    assert time.monotonic() - started < 5
     assert len(json.dumps(result)) < 8 * MAX_JSON_CHARS
     assert 1 < len(replaced) <= 64
 

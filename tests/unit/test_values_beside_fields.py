@@ -292,7 +292,6 @@ def _with(made: Any, **values: Any) -> Any:
     ],
 )
 def test_an_object_with_values_beside_its_fields_is_not_approved(value: Any) -> None:
-    """They decide what the tool does, and no hash has them."""
     with pytest.raises(ApprovalError, match=r"an object of the type .*( with values outside its fields)? among"):
         hash_tool_call(ToolCall(server="bank", tool="pay", arguments={"to": value}))
 
@@ -313,7 +312,6 @@ def test_an_object_with_nothing_beside_its_fields_is_approved(value: Any) -> Non
 
 
 def test_a_class_below_another_is_approved_where_its_objects_have_nothing_more() -> None:
-    """Its fields are not read, so they are attributes like others."""
     for kind, given in READ_AS_BASE:
         below = dataclass(init=False, eq=False)(type("Below", (kind,), {"__annotations__": {"cents": int}}))
         call = ToolCall(server="bank", tool="pay", arguments={"to": below(given)})
@@ -335,7 +333,6 @@ def test_a_form_is_not_the_arguments_of_a_call_but_shown_in_full_in_the_log() ->
 
 
 def test_a_factory_of_what_is_no_container_is_not_called_again() -> None:
-    """It may count, or open a connection."""
     before = Counting(to="bob")
     with suppress(ApprovalError):
         hash_tool_call(ToolCall(server="bank", tool="pay", arguments={"to": before}))
