@@ -167,7 +167,6 @@ async def test_record_raises_what_went_wrong(store: GatewayStore) -> None:
 
 
 async def count(engine: AsyncEngine) -> int:
-    """Return how many events another connection sees."""
     async with engine.connect() as connection:
         return int((await connection.execute(text("SELECT count(*) FROM audit_events"))).scalar_one())
 

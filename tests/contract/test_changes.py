@@ -23,7 +23,6 @@ from tampering import tamper
 
 
 def opened(cursor: str) -> tuple[bytes, dict[str, Any]]:
-    """Return what binds a cursor to its listing, and its place."""
     scope = base64.urlsafe_b64decode(cursor + "==")[1:9]
     return scope, json.loads(decode(scope, cursor))
 

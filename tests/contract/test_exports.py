@@ -40,12 +40,10 @@ async def fill(store: GatewayStore, count: int = 30) -> Page[AuditEvent]:
 
 
 def values(events: Any) -> dict[tuple[str, str], dict[str, Any]]:
-    """Everything of events but their ids."""
     return {(event.request_id, event.org_id): event.model_dump(exclude={"id"}) for event in events}
 
 
 def comparable(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows, JSON text read."""
     return [
         {name: json.loads(value) if name in JSON_COLUMNS else value for name, value in row.items()}
         for row in table.to_pylist()

@@ -45,7 +45,6 @@ def places(value: Any) -> list[dict[Any, Any]]:
 
 
 async def all_keep_their_hash(store: GatewayStore, count: int) -> None:
-    """So many events are read back, each with the hash of its row."""
     events = await store.audit.list_recent(1_000)
     assert len(events) == count
     for event in events:

@@ -84,7 +84,6 @@ async def test_a_number_in_other_digits_is_seen(store: GatewayStore) -> None:
 
 
 async def found_after(store: GatewayStore, change: str, values: list[dict[str, Any]]) -> list[FindingKind]:
-    """What is found after the changes of sealed events."""
     await store.audit.write_many(make_event(sanitized_args=ARGS) for _ in values)
     await store.evidence.seal()
     await tamper(store.database.engine, *[change] * len(values), values=values)

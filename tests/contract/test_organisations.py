@@ -64,7 +64,6 @@ async def _all(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
 
 
 async def _first(events: AsyncIterator[AuditEvent]) -> list[AuditEvent]:
-    """What comes within a moment; a follower never ends."""
     try:
         return [await asyncio.wait_for(anext(events), 0.5)]
     except TimeoutError:
@@ -260,7 +259,6 @@ PROPERTIES = {"audit.counters"}
 
 
 def surface() -> set[str]:
-    """Every public method and property of the services."""
     store = GatewayStore("sqlite://", redis_url="")
     found = set()
     for service in ("audit", "approvals", "keys", "notifications", "evidence", "retention", "sinks"):
@@ -312,7 +310,6 @@ async def other(store: GatewayStore) -> Other:
 
 
 async def attempt(name: str, view: GatewayStore, other: Other) -> str:
-    """Run a case and return everything that was told."""
     return "\n".join([await told(answer) for answer in CASES[name](view, other)])
 
 

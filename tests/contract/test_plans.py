@@ -40,8 +40,6 @@ _OLD = "ordinary-call"
 
 
 class Size(NamedTuple):
-    """How many rows there are."""
-
     events: int
     approvals: int
     deliveries: int
@@ -120,8 +118,6 @@ async def fill_up(url: str, size: Size | None, *, is_analysed: bool) -> None:
 
 @pytest.fixture(scope="module")
 def histories(lasting_postgres_database: Callable[[], str]) -> Callable[[str], str]:
-    """Fill a database of a kind, once, and return its URL."""
-
     @cache
     def fill(kind: str) -> str:
         url, size = lasting_postgres_database(), None if kind == "empty" else SHORT

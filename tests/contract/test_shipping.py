@@ -55,7 +55,6 @@ def refusing(*bad: str) -> Callable[[Sequence[AuditEvent]], Awaitable[object]]:
 
 
 async def away(_: Sequence[AuditEvent]) -> None:
-    """The act of a receiver that asks for an hour."""
     raise errors.NotDeliveredError("The receiver answered 429.", retry_after_s=3600)
 
 

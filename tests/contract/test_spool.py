@@ -43,8 +43,6 @@ STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 
 
 class Place(Protocol):
-    """A database that can go away."""
-
     url: str
     dialect: str
 
@@ -55,8 +53,6 @@ class Place(Protocol):
 
 
 class PostgresPlace:
-    """A PostgreSQL server that is killed and started again."""
-
     dialect = "postgresql"
 
     def __init__(self, server: PostgresServer, url: str) -> None:
@@ -108,7 +104,6 @@ class SqlitePlace:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """A server of this file's own."""
     with PostgresServer(durable=True) as started:
         migrated(started.url)
         yield started
@@ -116,14 +111,12 @@ def server() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def patch() -> Iterator[pytest.MonkeyPatch]:
-    """What a place changes while it is away, and nothing else."""
     with pytest.MonkeyPatch.context() as patched:
         yield patched
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """A migrated, empty database that can go away."""
     if request.param == "sqlite":
         path = Path(migrated(f"sqlite:///{tmp_path}/gateway.db").removeprefix("sqlite:///"))
         local = SqlitePlace(path, request.getfixturevalue("patch"))
@@ -139,13 +132,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 async def is_stored(store: GatewayStore) -> bool:
-    """True if a new event goes to the database."""
     return await store.audit.write(make_event()) is STORED
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the spool is."""
     return tmp_path / "spool.db"
 
 

@@ -26,13 +26,11 @@ HERE = make_url("sqlite:///here.db")
 
 
 def rows(*names: str) -> list[dict[str, Any]]:
-    """Events of these request ids as the spool takes them."""
     return [to_values(encode_event(make_event(request_id=name))) for name in names]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the spool is."""
     return tmp_path / "spool.db"
 
 

@@ -35,7 +35,6 @@ SPOOLED, STORED = WriteOutcome.SPOOLED, WriteOutcome.STORED
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the spool is."""
     return tmp_path / "spool.db"
 
 

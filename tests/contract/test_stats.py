@@ -23,7 +23,6 @@ ORIGIN = datetime(1, 1, 1, tzinfo=UTC)
 
 
 def reference(events: list[AuditEvent], by: tuple[str, ...], bucket: timedelta | None) -> list[dict[str, Any]]:
-    """Count in Python."""
     groups: dict[tuple[Any, ...], list[AuditEvent]] = defaultdict(list)
     for event in events:
         start = () if bucket is None else (ORIGIN + (event.timestamp - ORIGIN) // bucket * bucket,)

@@ -26,7 +26,6 @@ TIMES = [
 
 @pytest.fixture
 async def filled(store: GatewayStore) -> GatewayStore:
-    """Events at all these times."""
     await store.audit.write_many(make_event(request_id=f"z-{i}", timestamp=at) for i, at in enumerate(TIMES))
     return store
 

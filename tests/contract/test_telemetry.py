@@ -34,7 +34,6 @@ def otel() -> Iterator[Recorded]:
 
 @pytest.fixture
 async def measured(otel: Recorded, database_url: str, tmp_path: Any) -> AsyncIterator[GatewayStore]:
-    """An open store with OTEL_ENABLED and a notifier."""
     settings = StoreSettings(otel_enabled=True, redis_url="", audit_spool_path=tmp_path / "spool.db")
     async with GatewayStore(database_url, settings=settings, plugins=[RecordingNotifier()]) as opened:
         yield opened

@@ -31,7 +31,6 @@ def numbered(count: int, *, fail: bool = False) -> Iterator[AuditEvent]:
 
 
 async def numbered_async(count: int, *, fail: bool = False) -> AsyncIterator[AuditEvent]:
-    """The same as an async generator."""
     for event in numbered(count, fail=fail):
         await asyncio.sleep(0)
         yield event

@@ -32,7 +32,6 @@ FORGETFUL = {"bgwriter_lru_maxpages": 0, "checkpoint_timeout": "1h", "autovacuum
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """A durable server of this file's own."""
     with PostgresServer(durable=True, settings=FORGETFUL) as started:
         yield started
 
@@ -52,7 +51,6 @@ def opened(url: str) -> GatewayStore:
 
 
 def on(server: PostgresServer, url: str) -> str:
-    """Return the URL of the same database on another server."""
     return make_url(url).set(port=server.port).render_as_string(hide_password=False)
 
 
@@ -104,7 +102,6 @@ async def write(store: GatewayStore, name: str, count: int) -> list[str]:
 
 
 async def has(url: str, request_id: str) -> None:
-    """Wait until a standby shows an event."""
     async with asyncio.timeout(30):
         while not await ask(url, f"SELECT EXISTS (SELECT FROM audit_events WHERE request_id = '{request_id}')"):
             await asyncio.sleep(0.02)

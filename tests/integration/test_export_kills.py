@@ -68,7 +68,6 @@ and so on, until one comes to its end."""
 
 
 def rows_of(path: Path) -> int:
-    """Read a whole export."""
     if path.suffix == ".days":
         return dataset.dataset(path, partitioning="hive").to_table().num_rows
     if path.suffix == ".parquet":

@@ -24,7 +24,6 @@ def _everybody_may_read() -> Iterator[None]:
 
 
 def modes(folder: Path) -> dict[str, int]:
-    """Return by name the mode of everything in a folder and below."""
     return {str(each.relative_to(folder)): stat.S_IMODE(each.stat().st_mode) for each in folder.rglob("*")}
 
 

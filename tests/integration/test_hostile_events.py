@@ -36,7 +36,6 @@ STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a migrated, empty database."""
     if request.param == "sqlite":
         return migrated(f"sqlite:///{tmp_path}/gateway.db")
     return request.getfixturevalue("migrated_postgres_database")()
@@ -253,6 +252,5 @@ async def test_any_sequence_ends_with_every_event_once(
 
 
 async def cleared(url: str) -> None:
-    """Empty the table of events."""
     async with GatewayStore(url, redis_url="") as store:
         await tamper(store.database.engine, "DELETE FROM audit_events")

@@ -58,7 +58,6 @@ async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
 
 
 async def fill(spool: Spool, count: int) -> list[str]:
-    """Spool so many events; return their request ids."""
     events = [make_event() for _ in range(count)]
     await spool.add([to_values(encode_event(event)) for event in events])
     return [event.request_id for event in events]
@@ -78,8 +77,6 @@ async def test_a_row_leaves_the_spool_after_its_commit(database: Database, spool
 
 
 class FullDisk(Spool):
-    """Removes nothing while it is full."""
-
     is_full = True
 
     async def _delete(self, ids: Sequence[int]) -> None:
@@ -111,8 +108,6 @@ async def test_a_spool_that_cannot_be_emptied_is_brought_in_all_the_same(
 
 
 class Broken(Spool):
-    """Reads nothing."""
-
     async def waiting(self, limit: int) -> Any:
         raise KeyError(limit)
 

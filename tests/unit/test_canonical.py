@@ -187,7 +187,6 @@ def test_no_two_nasty_values_share_a_form(wrap: Any) -> None:
 
 
 def fingerprint(value: Any) -> Any:
-    """What a value is, by rules written down a second time."""
     if isinstance(value, bool) or value is None:
         return value, "literal"
     if isinstance(value, int):

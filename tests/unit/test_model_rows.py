@@ -44,7 +44,6 @@ def event(**fields: Any) -> AuditEvent:
 
 
 def request(**fields: Any) -> ApprovalRequest:
-    """A request as the store completes it."""
     return make_request(tool_call_hash="cd" * 32, expires_at=datetime(2030, 1, 1, tzinfo=UTC), **fields)
 
 
@@ -100,7 +99,6 @@ def test_loaded_rows_know_all_their_fields(session: Session) -> None:
 
 @pytest.fixture(params=["inserted", "loaded", "reattached", "expired"])
 def row(request: pytest.FixtureRequest, session: Session) -> AuditEvent:
-    """A persistent event, whichever way it became one."""
     made = saved(session, event())
     if request.param == "loaded":
         session.expunge_all()

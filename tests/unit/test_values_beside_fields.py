@@ -40,8 +40,6 @@ Item = TypeVar("Item")
 
 
 class Sealed(BaseModel):
-    """A model with all that Pydantic puts beside fields."""
-
     model_config = ConfigDict(extra="allow")
     to: str
     _note: str | None = PrivateAttr(None)
@@ -54,8 +52,6 @@ class Sealed(BaseModel):
 
 
 class Unlike:
-    """A value that cannot be compared."""
-
     def __deepcopy__(self, memo: object) -> Unlike:
         return Unlike()
 
@@ -75,22 +71,16 @@ class Caching(BaseModel):
 
 
 class Counting(BaseModel):
-    """A model of which no two have the same private value."""
-
     to: str
     _number: int = PrivateAttr(default_factory=count().__next__)
 
 
 class Incomparable(BaseModel):
-    """A model whose private default has no equal."""
-
     to: str
     _unlike: Unlike = PrivateAttr(Unlike())
 
 
 class Unset(BaseModel):
-    """A model whose private attribute has no default."""
-
     to: str
     _cents: int | None
 
@@ -104,8 +94,6 @@ class Box(Generic[Item]):
 
 @dataclass
 class Order:
-    """A dataclass whose values may not be fields."""
-
     to: str
     cents: InitVar[int] = 0
 
@@ -120,16 +108,12 @@ class Order:
 
 @dataclass
 class Slotted:
-    """One whose value is in a slot."""
-
     __slots__ = ("cents", "to")
     to: str
 
 
 @pydantic.dataclasses.dataclass(config=ConfigDict(extra="allow"))
 class Open:
-    """One that takes what is no field."""
-
     to: str
 
 
@@ -138,8 +122,6 @@ class Marked(dict[str, Any]):
 
 
 class Kept(Mapping[str, Any]):
-    """A mapping that reads a dict."""
-
     def __init__(self, kept: dict[str, Any]) -> None:
         self.kept = kept
 
@@ -154,8 +136,6 @@ class Kept(Mapping[str, Any]):
 
 
 class Chosen(Set[str]):
-    """A set that reads another one."""
-
     def __init__(self, kept: frozenset[str]) -> None:
         self.kept = kept
 
@@ -174,22 +154,16 @@ class Name(str):
 
 
 class Rounded(Decimal):
-    """A number whose text says less than it holds."""
-
     def __str__(self) -> str:
         return f"{self:.0f}"
 
 
 class FirstOnly(dict[str, Any]):
-    """A form that shows the first of several values."""
-
     def items(self) -> Any:
         return [(name, each[0]) for name, each in dict.items(self)]
 
 
 class Alike(Enum):
-    """Members that look the same."""
-
     ONE = 1
     TWO = 2
 
@@ -200,8 +174,6 @@ class Alike(Enum):
 
 @dataclass
 class Reader:
-    """A dataclass whose field is another list each time it is read."""
-
     row: Any
 
     def __getattribute__(self, name: str) -> Any:
@@ -214,8 +186,6 @@ class Link(AnyUrl):
 
 
 class Unsaid(AnyUrl):
-    """A URL whose repr hides its password."""
-
     def __repr__(self) -> str:
         return "Unsaid(...)"
 
