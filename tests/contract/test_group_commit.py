@@ -248,7 +248,6 @@ async def test_flush_ends_while_others_keep_writing(store: GatewayStore) -> None
         await asyncio.gather(*writers)
 
 
-@POSTGRES
 async def test_close_drains(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is queued, what waits for room and the bulk batch under way are stored; later batches are told."""
     monkeypatch.setattr(writer_module, "MAX_QUEUED_ROWS", 20)
