@@ -140,17 +140,7 @@ class PendingApproval(FrozenModel):
     """An approval that somebody is about to decide, as a plugin sees it. Holds no token; fields are only ever added.
 
     Attributes:
-        version: Version of this shape, 1.
-        approval_id: The handle by which approvers decide.
-        org_id: Organisation of the approval.
-        request_id: The gateway's id of the tool call.
-        caller_id: Who wants to make the call.
-        tool_call: The call, arguments sanitised.
-        risk_explanation: Why a human is asked.
-        scope: `EXECUTION` (the call may run) or `OUTPUT_RELEASE` (its output may be handed out).
-        required_approvals: How many distinct approvers must approve.
-        created_at: When it was asked (UTC).
-        expires_at: Until when it can be decided (UTC).
+        version: Version of this shape, 1; the other fields are those of `Notice`.
     """
 
     version: Literal[1] = 1
