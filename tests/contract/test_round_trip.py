@@ -10,15 +10,13 @@ from pathlib import PurePosixPath
 from typing import Any
 from uuid import uuid4
 
-import pytest
-from hypothesis import HealthCheck, Phase, given, settings
 from sqlalchemy import insert, select
 
 from agent_gateway_store.audit.record import encode_event, hash_of, to_values
 from agent_gateway_store.models.audit import AuditEvent, RedactionFlag
 from agent_gateway_store.storage.database import create_engine
 from builders import make_event, rehash
-from oddities import Level, nested, odd_event_fields, odd_text
+from oddities import Level, nested
 
 table = AuditEvent.__table__
 
@@ -104,26 +102,5 @@ async def test_named_nasty_values_read_back_identical(database_url: str) -> None
     ]
     flag = RedactionFlag(field="a\0", reason="\ud800", original_hash="x" * 1_000)
     events += [make_event(redaction_flags=flags) for flags in ([flag], [flag] * 100)]
-
-    await assert_round_trip(database_url, events)
-
-
-@pytest.mark.system
-async def test_any_event_reads_back_identical(database_url: str) -> None:
-    """Hundreds of events made by hypothesis, stored in a few batches and compared one by one."""
-    events: list[AuditEvent] = []
-
-    @settings(
-        max_examples=300,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=[HealthCheck.too_slow],
-    )
-    @given(odd_event_fields, odd_text)
-    def collect(given: dict[str, Any], request_id: str) -> None:
-        events.append(make_event(request_id=f"{len(events)} {request_id}", **given))
-
-    collect()
 
     await assert_round_trip(database_url, events)

@@ -190,6 +190,8 @@ async def test_any_name_of_a_file_is_that_file(tmp_path: Path, name: str, caplog
     path = tmp_path / "spools" / name
     async with GatewayStore("sqlite://", redis_url="", settings=StoreSettings(audit_spool_path=path)) as store:
         assert "lost" not in caplog.text
+        # The place was tried without a trace.
+        assert list(tmp_path.iterdir()) == []
         backend = await WatchedBackend.within(store)
         backend.fault = "away"
         assert await store.audit.write(make_event(request_id="here")) is SPOOLED
@@ -240,15 +242,6 @@ async def test_a_store_that_could_not_spool_says_so_at_once(
         assert "set AUDIT_SPOOL_PATH" in line
         assert re.search(reason, line, re.IGNORECASE), line
     assert sorted(tmp_path.iterdir()) == before
-
-
-async def test_opening_makes_no_spool(tmp_path: Path, path: Path) -> None:
-    """The place is tried without a trace: neither file nor folder."""
-    settings = StoreSettings(audit_spool_path=tmp_path / "new" / "spool.db")
-    async with GatewayStore("sqlite://", redis_url="", settings=settings):
-        pass
-
-    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_database_without_its_identity_is_not_opened(database_url: str) -> None:

@@ -263,15 +263,11 @@ async def trail(
     return trail
 
 
-async def test_no_secret_is_found_outside_redis(trail: Trail) -> None:
+async def test_no_secret_is_found_where_it_must_not_be(trail: Trail) -> None:
     """Keys, tokens, raw arguments and the hash key stand in no table, log record, repr, error, notice or signal."""
     assert trail.found() == set()
-    assert len(trail.secrets) == 9
-    assert len(trail.tokens) == 5
-
-
-async def test_redis_holds_tokens_where_they_are_allowed_only(trail: Trail) -> None:
-    """A token is the name of its entry and the value behind its id; no key and no raw argument is there at any time."""
+    assert (len(trail.secrets), len(trail.tokens)) == (9, 5)
+    # In Redis a token is the name of its entry and the value behind its id; nothing else is there at any time.
     for token in trail.tokens:
         holding = {name for name, value in trail.redis.items() if token in name + value}
         assert {name.partition(":")[0] for name in holding} <= {"approval", "approval-token"}
@@ -279,12 +275,8 @@ async def test_redis_holds_tokens_where_they_are_allowed_only(trail: Trail) -> N
     for name, value in trail.redis.items():
         assert not [secret for secret in trail.secrets if secret in name + value]
     assert any(token in str(trail.redis) for token in trail.tokens)
-
-
-async def test_the_search_finds_what_may_be_seen(trail: Trail) -> None:
-    """The places are not empty: what may be shown is found in each of them."""
+    # The places are not empty: what may be shown is found in each of them.
     seen = {name for name, _ in trail.found("[redacted]", "dev-agent", "approver-1", "approval_requests", "approval")}
-
     tables = {"table approval_requests", "table api_keys", "table notification_deliveries"}
     assert {"reprs", "pages", "errors", "notices", "logs", *tables} <= seen
     assert trail.texts["signals"]

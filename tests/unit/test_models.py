@@ -185,12 +185,7 @@ def test_enums_come_from_their_text() -> None:
     assert made.output_decision is OutputDecision.REDACT
     assert make_key(trust_level=3).trust_level is TrustLevel.HIGH
     assert make_request(status="DENIED").status is ApprovalStatus.DENIED
-
-
-def test_levels_compare_and_statuses_are_final() -> None:
-    levels = ["UNTRUSTED", "LOW", "MEDIUM", "HIGH", "ADMIN"]
-
-    assert [level.name for level in sorted(TrustLevel)] == levels
+    assert [level.name for level in sorted(TrustLevel)] == ["UNTRUSTED", "LOW", "MEDIUM", "HIGH", "ADMIN"]
     assert [status for status in ApprovalStatus if not status.is_final] == ["PENDING", "APPROVED"]
 
 
@@ -216,14 +211,6 @@ def test_reprs_show_no_secret() -> None:
 
     for thing in shown:
         assert SECRET not in f"{thing!r}{thing}{[thing]}"
-
-
-def test_equality_is_by_value() -> None:
-    fields = event_fields(timestamp=datetime(2024, 5, 1, tzinfo=UTC))
-
-    assert AuditEvent(**fields) == AuditEvent(**fields)
-    assert AuditEvent(**fields) != AuditEvent(**(fields | {"tool_name": "other"}))
-    assert AuditEvent(**fields) != make_request()
 
 
 @pytest.mark.parametrize(
@@ -256,6 +243,7 @@ def test_copies_share_no_orm_state(copied: Any) -> None:
 
 def test_validate_takes_mappings_instances_and_objects() -> None:
     made = make_event()
+    assert made != make_request()
 
     class Row:
         def __init__(self) -> None:
@@ -295,6 +283,9 @@ def test_every_model_has_a_json_schema(mode: Any) -> None:
 
 
 def test_our_tables_are_not_in_the_global_metadata() -> None:
+    """And every constraint and index of theirs has a name."""
+    tables = metadata.tables.values()
+    assert all(each.name for table in tables for each in (*table.constraints, *table.indexes))
     assert set(metadata.tables) == {
         "api_keys",
         "approval_requests",
@@ -312,14 +303,3 @@ def test_our_tables_are_not_in_the_global_metadata() -> None:
         "notification_deliveries",
     }
     assert not set(metadata.tables) & set(SQLModel.metadata.tables)
-
-
-def test_every_constraint_and_index_has_a_name() -> None:
-    nameless = [
-        (table.name, constraint)
-        for table in metadata.tables.values()
-        for constraint in (*table.constraints, *table.indexes)
-        if not constraint.name
-    ]
-
-    assert nameless == []

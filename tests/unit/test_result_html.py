@@ -169,19 +169,13 @@ def test_a_card_has_what_is_set_and_names_the_rest() -> None:
     assert re.search(r"empty: .*sanitized_args.*approver_id", read.text)
 
 
-@pytest.mark.parametrize("record", [make_request(), make_request().tool_call], ids=["approval", "tool call"])
-def test_other_records_have_cards(record: Any) -> None:
-    read = Reader(record._repr_html_())
-
-    assert read.text.startswith(f"{type(record).__name__} |")
-    assert "/tmp/report.txt" in read.text
-
-
-def test_a_notice_has_a_card_without_the_orm() -> None:
-    notice = make_notice(created_at=datetime(2026, 5, 1, tzinfo=UTC))
-
-    assert "files.delete_file" in notice._repr_html_()
-    assert "2026-05-01 00:00:00" in notice._repr_html_()
+def test_other_records_have_cards() -> None:
+    for record in (make_request(), make_request().tool_call):
+        read = Reader(record._repr_html_())
+        assert read.text.startswith(f"{type(record).__name__} |")
+        assert "/tmp/report.txt" in read.text
+    notice = make_notice(created_at=datetime(2026, 5, 1, tzinfo=UTC))._repr_html_()
+    assert ("files.delete_file" in notice, "2026-05-01 00:00:00" in notice) == (True, True)
 
 
 def test_votes_are_one_line_of_a_table() -> None:

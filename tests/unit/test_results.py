@@ -35,15 +35,15 @@ def key(**fields: object) -> ApiKey:
 
 
 def test_a_page_is_a_list() -> None:
-    """It compares, slices and counts as one, and knows where the next begins."""
-    page = Page(range(3), next_cursor="abc")
+    """It compares, slices and counts as one, and knows where the next begins; a slice is a page that does not."""
+    page = Page([key(), key(), key()], next_cursor="abc", columns=("key_id",), record_type=ApiKey)
 
-    assert page == [0, 1, 2]
-    assert page[1:] == [1, 2]
-    assert page[-1] == 2
-    assert page.next_cursor == "abc"
-    assert Page().next_cursor is None
-    assert not Page()
+    assert page == list(page)
+    assert (page[-1], page.next_cursor, Page().next_cursor, bool(Page())) == (list(page)[-1], "abc", None, False)
+    for taken in (slice(1), slice(None, None, 2), slice(9, None)):
+        part = page[taken]
+        assert (type(part), list(part)) == (Page, list(page)[taken])
+        assert (part.columns, part.record_type, part.next_cursor) == (("key_id",), ApiKey, None)
 
 
 @pytest.mark.parametrize("count", [200, 201, 5_000])
@@ -73,18 +73,6 @@ def test_a_narrow_terminal_shows_each_row_as_lines(width: int, is_table: bool) -
     assert ("┃" in text) is is_table
     assert all(value in text for value in (event.caller_id, event.tool_name, event.decision, event.request_id))
     assert "1 row" in text
-
-
-@pytest.mark.parametrize("taken", [slice(1), slice(None, None, 2), slice(9, None)])
-def test_a_slice_of_a_page_is_a_page(taken: slice) -> None:
-    """It renders and converts like the whole, and does not claim to know where the next page begins."""
-    page = Page([key(), key(), key()], next_cursor="abc", columns=("key_id",), record_type=ApiKey)
-
-    part = page[taken]
-
-    assert type(part) is Page
-    assert part == list(page)[taken]
-    assert (part.columns, part.record_type, part.next_cursor) == (("key_id",), ApiKey, None)
 
 
 def test_a_terminal_gets_no_control_bytes() -> None:
@@ -151,14 +139,6 @@ def test_models_inside_a_model_hide_their_secrets_too() -> None:
     assert SECRET not in str(page.to_arrow().to_pylist())
 
 
-def test_dicts_are_copies() -> None:
-    source = {"a": 1}
-    page = Page([source])
-    page.to_dicts()[0]["a"] = 2
-
-    assert source == {"a": 1}
-
-
 def test_a_terminal_shows_decisions_in_their_colour() -> None:
     """A word that decides is coloured and whole, arguments are one line, one record is a list of what is set."""
     event = make_event(decision="DENY", sanitized_args={"path": "a.txt", "n": [1]})
@@ -197,9 +177,11 @@ def test_an_approval_that_was_not_stored_whole_says_so() -> None:
 
 
 def test_a_page_of_anything_renders() -> None:
-    """What is no record has one column; a notebook shows no traceback in place of a list."""
-    page = Page(range(2))
+    """What is no record has one column; a notebook shows no traceback in place of a list. Dicts are copies."""
+    page, source = Page(range(2)), {"a": 1}
+    Page([source]).to_dicts()[0]["a"] = 2
 
+    assert source == {"a": 1}
     assert ">1</td>" in page._repr_html_()
     assert "value" in rendered(page)
     assert page.to_arrow().to_pydict() == {"value": [0, 1]}
