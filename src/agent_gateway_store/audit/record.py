@@ -341,15 +341,6 @@ _REQUEST_ID, _ORG_ID, _TRACE_ID, _CONTENT_HASH = map(
 _large = itemgetter(*map(COLUMNS.index, ("sanitized_args", "risk_labels", "redaction_flags", "extra", *_LONG)))
 
 
-def _encode_json(values: dict[str, Any]) -> None:
-    labels, flags, extra = values["risk_labels"], values["redaction_flags"], values["extra"]
-    values["sanitized_args"] = encode(values["sanitized_args"])
-    values["risk_labels"] = encode_labels(labels)
-    values["redaction_flags"] = encode([flag.__dict__ for flag in flags]) if flags else "[]"
-    values["extra"] = encode(extra) if extra else EMPTY
-    values["approval_id"] = values["approval_id"] and str(values["approval_id"])
-
-
 def _with_hash(values: dict[str, Any]) -> EncodedRow:
     """Encode the JSON and set `content_hash`: SHA-256 (64 hex digits) of the canonical event.
 
@@ -357,7 +348,12 @@ def _with_hash(values: dict[str, Any]) -> EncodedRow:
     the document is `event.model_dump(mode="json", exclude={"id", "content_hash"})` of the stored event, without
     `approval_id` where that is None and without `extra` where that is empty.
     """
-    _encode_json(values)
+    flags, extra = values["redaction_flags"], values["extra"]
+    values["sanitized_args"] = encode(values["sanitized_args"])
+    values["risk_labels"] = encode_labels(values["risk_labels"])
+    values["redaction_flags"] = encode([flag.__dict__ for flag in flags]) if flags else "[]"
+    values["extra"] = encode(extra) if extra else EMPTY
+    values["approval_id"] = values["approval_id"] and str(values["approval_id"])
     values["content_hash"] = hashlib.sha256(document(*_hashed(values)).encode()).hexdigest()
     return tuple(values.values())
 

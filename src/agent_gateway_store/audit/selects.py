@@ -82,20 +82,17 @@ def _event(row: Sequence[Any]) -> AuditEvent:
 
 
 def _repaired(values: dict[str, Any]) -> AuditEvent:
-    wrong = [name for name in _WITHHELD if not _is_readable(values | _WITHHELD | {name: values[name]})]
+    wrong = []
+    for name in _WITHHELD:
+        try:
+            _typed(values | _WITHHELD | {name: values[name]})
+        except Exception:
+            wrong.append(name)
     with readable_rows(f"Row {values['id']} of {table.name}", "run `gateway-store evidence verify`, which names it"):
         event = _typed(values | {name: _WITHHELD[name] for name in wrong})
     flags = [RedactionFlag(field=name, reason=INVALID) for name in wrong]
     event.redaction_flags = [*event.redaction_flags, *flags]
     return event
-
-
-def _is_readable(values: dict[str, Any]) -> bool:
-    try:
-        _typed(values)
-    except Exception:
-        return False
-    return True
 
 
 def _typed(values: dict[str, Any]) -> AuditEvent:

@@ -265,7 +265,11 @@ class Spool:
                         await connection.execute(statement, rows)
                 return
             except StoreUnavailableError:
-                if not await asyncio.to_thread(self._give_up_reserve):
+                is_given_up = False
+                with suppress(OSError):
+                    await asyncio.to_thread(self._reserve.unlink)
+                    is_given_up = True
+                if not is_given_up:
                     raise
 
     async def targets(self) -> list[Target]:
@@ -372,14 +376,6 @@ class Spool:
                 self._reserve.write_bytes(os.urandom(size))
             except OSError:
                 self._reserve.unlink()
-
-    def _give_up_reserve(self) -> bool:
-        """Give the room back; False if there was none."""
-        try:
-            self._reserve.unlink()
-        except OSError:
-            return False
-        return True
 
 
 @asynccontextmanager

@@ -289,11 +289,6 @@ def _is_plain(text: str) -> bool:
     return not _LIKE_A_TAG.match(text) and (text.isascii() or is_text(text))
 
 
-def _digits(value: int) -> str:
-    """Return the decimal digits of `value`, or hex ones where Python refuses to make decimal digits."""
-    return str(value) if value.bit_length() <= _DECIMAL_BITS else hex(value)
-
-
 def tag(value: Any, *, as_key: bool = False) -> Any:
     """Return the I-JSON scalar by which a leaf enters canonical JSON."""
     value = plain(value)
@@ -305,7 +300,9 @@ def tag(value: Any, *, as_key: bool = False) -> Any:
     if value is None or kind is bool:
         return f"${'null' if value is None else 'bool'}:{str(value).lower()}" if as_key else value
     if kind is int:
-        return f"$int:{_digits(value)}" if as_key or abs(value) > MAX_SAFE_INTEGER else value
+        if not as_key and abs(value) <= MAX_SAFE_INTEGER:
+            return value
+        return f"$int:{value if value.bit_length() <= _DECIMAL_BITS else hex(value)}"
     if kind is float:
         return f"$float:{value}" if as_key or not math.isfinite(value) else value
     if kind is bytes:

@@ -67,15 +67,9 @@ def _clean(text: str) -> str:
     if is_text(text):
         return text
     # The codec would do both at once, at twenty times the time, in which no other thread runs.
-    text = _SURROGATE_PAIR.sub(_joined, text)
+    text = _SURROGATE_PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
     slices = (text[place : place + MAX_TEXT_BYTES] for place in range(0, len(text), MAX_TEXT_BYTES))
     return "".join([_LONE_SURROGATE.sub("\ufffd", each) for each in slices])
-
-
-def _joined(pair: re.Match[str]) -> str:
-    # As UTF-16 has it: ten bits of each, above the characters that need no pair.
-    high, low = map(ord, pair[0])
-    return chr(0x10000 + ((high - 0xD800) << 10) + low - 0xDC00)
 
 
 def _cut(text: str, limit: int) -> str:
@@ -91,10 +85,6 @@ def _cut_marked(text: str, limit: int) -> str:
     digest = hashlib.sha256(data).hexdigest()
     head = data[: limit - len(_CUT_TEXT.format(len(data), digest))].decode("utf-8", "ignore")
     return head + _CUT_TEXT.format(len(data) - len(head.encode()), digest)
-
-
-def _beginning(text: str, limit: int) -> str:
-    return text.encode()[:limit].decode("utf-8", "ignore")
 
 
 def _above(text: str, limit: int) -> bytes | None:
@@ -345,8 +335,8 @@ class _JsonWalk:
             count = self.repeats[of] = self.repeats.get(of, 1) + 1
             suffix = f"~{count}"
             room = _MAX_TAG_BYTES - len(suffix)
-            short = self.scrubber.cut(base, room) if self.scrubber.marks_cuts else _beginning(base, room)
-            name = short + suffix
+            beginning = base.encode()[:room].decode("utf-8", "ignore")
+            name = (self.scrubber.cut(base, room) if self.scrubber.marks_cuts else beginning) + suffix
         return name
 
     def marker(self, place: str, text: str) -> str:

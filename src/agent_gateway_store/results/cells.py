@@ -79,7 +79,7 @@ def columns_of(record_type: type[BaseModel]) -> tuple[Column, ...]:
     fields = (
         _column(name, field.annotation)
         for name, field in record_type.model_fields.items()
-        if field.repr and not _is_secret(field.annotation)
+        if field.repr and _bare_type(field.annotation) is not SecretStr
     )
     return (*fields, *(Column(name, "json") for name in getattr(record_type, "shown_with", ())))
 
@@ -226,8 +226,3 @@ def _bare_type(annotation: Any) -> Any:
             return None
         annotation = left[0]
     return annotation
-
-
-def _is_secret(annotation: Any) -> bool:
-    found = _bare_type(annotation)
-    return isinstance(found, type) and issubclass(found, SecretStr)
