@@ -55,22 +55,20 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
     return Threads(monkeypatch)
 
 
-@pytest.mark.parametrize("fields", LARGE.values(), ids=LARGE)
-async def test_large_events_are_stored_as_any_other(
-    store: GatewayStore, threads: Threads, fields: dict[str, Any]
-) -> None:
+async def test_large_events_are_stored_as_any_other(store: GatewayStore, threads: Threads) -> None:
     """By `write`, in bulk, in a session and by the standalone logger; a small one needs no thread."""
-    events = [make_event(**fields) for _ in range(4)]
-    async with AsyncSession(store.database.engine) as session:
-        await store.audit.write(make_event(llm_explanation="\0"))
-        assert threads.events == []
-        outcomes = [await store.audit.write(events[0]), await store.audit.record(events[1], session=session)]
-        await session.commit()
-        outcomes += [*await store.audit.write_many([events[2]]), await AuditLogger(session).write(events[3])]
-    stored = {event.request_id: event.content_hash for event in await stored_events(store)}
+    await store.audit.write(make_event(llm_explanation="\0"))
+    assert threads.events == []
+    for name, fields in LARGE.items():
+        events = [make_event(**fields) for _ in range(4)]
+        async with AsyncSession(store.database.engine) as session:
+            outcomes = [await store.audit.write(events[0]), await store.audit.record(events[1], session=session)]
+            await session.commit()
+            outcomes += [*await store.audit.write_many([events[2]]), await AuditLogger(session).write(events[3])]
+        stored = {event.request_id: event.content_hash for event in await stored_events(store)}
 
-    assert (outcomes, len(threads.events)) == ([STORED] * 4, 4)
-    assert [stored[event.request_id] for event in events] == [hash_of(encode_event(event)) for event in events]
+        assert (outcomes, threads.events[-4:]) == ([STORED] * 4, events), name
+        assert [stored[event.request_id] for event in events] == [hash_of(encode_event(event)) for event in events]
 
 
 async def test_other_writers_overtake_a_large_event(store: GatewayStore, threads: Threads) -> None:

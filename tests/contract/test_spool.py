@@ -166,6 +166,7 @@ async def test_events_wait_on_disk_and_come_back_once_and_in_order(place: Place,
         assert (counters.stored, counters.spooled, counters.replayed, counters.lost) == (11, 30, 30, 0)
 
 
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 async def test_a_long_spool_is_replayed_by_itself(place: Place, path: Path) -> None:
     """More than one commit takes: nobody flushes, and all comes to the database in its order."""
     events = [make_event() for _ in range(520)]
@@ -257,6 +258,7 @@ async def test_a_poison_row_holds_up_no_other(place: Place, path: Path) -> None:
     assert spooled_ids(path) == []
 
 
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 async def test_a_full_spool_loses_loudly(
     place: Place, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,6 +289,7 @@ async def test_a_full_spool_loses_loudly(
         assert await store.audit.write(lost[0]) is STORED
 
 
+@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("fault", ["no folder", "garbage"])
 async def test_a_spool_that_cannot_be_written_keeps_nothing_from_the_database(
     place: Place, path: Path, caplog: pytest.LogCaptureFixture, fault: str

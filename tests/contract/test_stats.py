@@ -88,7 +88,7 @@ def test_sql_counts_as_python_does(database_url: str) -> None:
         st.lists(st.sampled_from(GROUPS), unique=True, max_size=3).map(tuple),
         st.sampled_from((None, "1s", "7m", "1h", "1d", "1w", timedelta(days=365_000))),
     )
-    @settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+    @settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate))
     def counts(events: list[dict[str, Any]], by: tuple[str, ...], bucket: Any) -> None:
         org_id = f"org-{uuid4()}"
         written = [make_event(**fields, org_id=org_id) for fields in events]

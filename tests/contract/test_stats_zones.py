@@ -37,7 +37,8 @@ async def counted(store: GatewayStore, by: Any = None, **options: Any) -> list[t
 
 
 @cases("name", ZONES)
-async def test_hours_and_weekdays_are_those_of_the_zone(filled: GatewayStore, name: str) -> None:
+async def test_hours_and_days_are_those_of_the_zone(filled: GatewayStore, name: str) -> None:
+    """A day is one bucket, however many hours it has; an hour that the clock shows twice is two."""
     zone = ZoneInfo(name)
     local = [at.astimezone(zone) for at in TIMES]
 
@@ -45,12 +46,6 @@ async def test_hours_and_weekdays_are_those_of_the_zone(filled: GatewayStore, na
     assert await counted(filled, "hour_of_day", time_zone=name) == hours
     week = sorted(Counter((each.isoweekday(), each.hour) for each in local).items())
     assert await counted(filled, ("weekday", "hour_of_day"), time_zone=name) == [(*key, n) for key, n in week]
-
-
-@cases("name", ZONES)
-async def test_days_and_hours_begin_by_the_clock_of_the_zone(filled: GatewayStore, name: str) -> None:
-    """A day is one bucket, however many hours it has; an hour that the clock shows twice is two."""
-    zone = ZoneInfo(name)
 
     def day_of(at: datetime) -> datetime:
         midnight = at.astimezone(zone).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)

@@ -74,9 +74,9 @@ async def test_batches_begun_survive_a_cancelled_caller(store: GatewayStore) -> 
 
 
 async def test_a_recorded_event_shares_the_fate_of_the_callers_work(own_database_url: str) -> None:
-    """Of 80 transactions of the caller's half are rolled back at a random point: rows and work agree exactly."""
+    """Of 40 transactions of the caller's half are rolled back at a random point: rows and work agree exactly."""
     rng, limit = random.Random(5), asyncio.Semaphore(10)
-    plans = [rng.choice(("before", "between", "after")) if number % 2 else None for number in range(80)]
+    plans = [rng.choice(("before", "between", "after")) if number % 2 else None for number in range(40)]
     insert = text("INSERT INTO work (name) VALUES (:name)")
 
     async with GatewayStore(own_database_url, redis_url="") as store:

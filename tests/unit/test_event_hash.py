@@ -120,7 +120,7 @@ def test_known_events_keep_their_hashes(fields: dict[str, Any], hashes: tuple[st
     assert (hash_of(record), hash_of(with_derived_id(record)), hash_of(without_payload(record))) == hashes
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(odd_event_fields, odd_text)
 def test_any_event_hashes_as_documented(fields: dict[str, Any], request_id: str) -> None:
     """SHA-256 over `json.dumps` of the stored event: sorted keys, compact, text not escaped to ASCII."""
@@ -130,7 +130,7 @@ def test_any_event_hashes_as_documented(fields: dict[str, Any], request_id: str)
     assert [hash_of(each) for each in kept] == [rehash(AuditEvent(**to_values(each))) for each in kept]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(odd_event_fields)
 def test_a_stored_event_has_the_hash_that_it_was_written_with(fields: dict[str, Any]) -> None:
     """However a driver gives its time; another spelling, or one of another zone, is no such time."""
