@@ -47,6 +47,10 @@ async def test_the_same_event_in_later_batches_is_a_duplicate(store: GatewayStor
     assert len(await stored_events(store)) == 4
 
 
+async def written(store: GatewayStore, events: list[AuditEvent], together: bool) -> list[WriteOutcome]:
+    return await in_one_batch(store, events) if together else [await store.audit.write(event) for event in events]
+
+
 @pytest.mark.parametrize("together", [True, False], ids=["one-batch", "one-by-one"])
 async def test_another_event_under_a_used_id_is_kept_beside_it(store: GatewayStore, together: bool) -> None:
     """It is STORED under an id of its own, labelled, with a hash that anyone can recompute; repeated, a DUPLICATE."""
@@ -55,10 +59,7 @@ async def test_another_event_under_a_used_id_is_kept_beside_it(store: GatewaySto
     third = make_event(request_id="used", tool_name="send_mail")
     events = [first, second, third, second, third, first]
 
-    if together:
-        outcomes = await in_one_batch(store, events)
-    else:
-        outcomes = [await store.audit.write(event) for event in events]
+    outcomes = await written(store, events, together)
     found = {event.tool_name: event for event in await stored_events(store) if "used" in event.request_id}
 
     assert outcomes == [STORED] * 3 + [DUPLICATE] * 3
@@ -99,10 +100,7 @@ async def test_an_attacker_who_takes_the_derived_id_hides_nothing(store: Gateway
     taken = ["used", key_of(once)[0], key_of(with_derived_id(once))[0]]
     events = [*(make_event(request_id=request_id, tool_name="decoy") for request_id in taken), victim, victim]
 
-    if together:
-        outcomes = await in_one_batch(store, events)
-    else:
-        outcomes = [await store.audit.write(event) for event in events]
+    outcomes = await written(store, events, together)
     found = [event for event in await stored_events(store) if event.tool_name == "exfiltrate"]
 
     assert outcomes == [STORED] * 4 + [DUPLICATE]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 import pytest
 from contract_helpers import until
@@ -40,16 +40,6 @@ from servers import PostgresServer
 from tampering import OFF
 
 STORED, DUPLICATE, SPOOLED, LOST = WriteOutcome
-
-
-class Place(Protocol):
-    url: str
-    dialect: str
-
-    async def go_away(self) -> None: ...
-    async def come_back(self) -> None: ...
-    async def refuse_poison(self) -> None: ...
-    async def take_poison(self) -> None: ...
 
 
 class PostgresPlace:
@@ -100,6 +90,9 @@ class SqlitePlace:
     async def take_poison(self) -> None:
         with closing(sqlite3.connect(self._path)) as connection:
             connection.execute("DROP TRIGGER refuse")
+
+
+Place: TypeAlias = PostgresPlace | SqlitePlace
 
 
 @pytest.fixture(scope="module")
