@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 from contract_helpers import until
+from sqlalchemy import make_url
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.audit.backends import PostgresBackend
@@ -115,7 +116,9 @@ async def test_a_follower_misses_no_batch_that_was_overtaken(url: str, lock: asy
 
 
 async def test_the_same_events_in_both_batches_are_stored_once(url: str) -> None:
-    """In the other order, which may end in a deadlock: one is STORED, one DUPLICATE."""
+    """In the other order, which two transactions could only answer by a deadlock: one is STORED, one DUPLICATE."""
+    # Longer than a write may take: a deadlock would end in the spool.
+    await execute(url, f"ALTER DATABASE {make_url(url).database} SET deadlock_timeout = '30s'")
     events = [make_event(tool_name="sleepy") for _ in range(3)]
     reused = [make_event(tool_name="sleepy", request_id="reused", latency_ms=number) for number in (1, 2)]
     async with GatewayStore(url, redis_url="") as store:

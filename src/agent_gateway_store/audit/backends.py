@@ -289,14 +289,33 @@ class PostgresBackend:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = read_committed(engine)
         self._pool = AsyncpgPool(engine, size=self.places, check=require_next_id)
+        self._under_way: dict[asyncio.Future[None], frozenset[_Key]] = {}
 
     async def store(self, rows: Sequence[EncodedRow]) -> list[RowResult]:
         """Commit `rows`, or raise within five seconds. A connection that died idle is replaced.
 
-        If the answer to a commit was lost, the second attempt finds the same events stored: DUPLICATE. Two batches with
-        the same keys in different orders may end in a deadlock, after which one of them is tried again.
+        If the answer to a commit was lost, the second attempt finds the same events stored: DUPLICATE.
         """
-        return await self._store_until(asyncio.get_running_loop().time() + _TIMEOUT_S, rows)
+        deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
+        async with self._apart(rows, deadline):
+            return await self._store_until(deadline, rows)
+
+    @asynccontextmanager
+    async def _apart(self, rows: Sequence[EncodedRow], deadline: float) -> AsyncIterator[None]:
+        """Wait for the batches under way that share a key with this one.
+
+        Two transactions that insert the same keys in different orders would wait for each other.
+        """
+        keys, done = frozenset(map(key_of, rows)), asyncio.get_running_loop().create_future()
+        async with asyncio.timeout_at(deadline):
+            while others := [other for other, its_keys in self._under_way.items() if not keys.isdisjoint(its_keys)]:
+                await asyncio.wait(others)
+        self._under_way[done] = keys
+        try:
+            yield
+        finally:
+            del self._under_way[done]
+            done.set_result(None)
 
     @retry_conflicts
     async def _store_until(self, deadline: float, rows: Sequence[EncodedRow]) -> list[RowResult]:
