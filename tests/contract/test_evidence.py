@@ -172,7 +172,7 @@ async def test_one_publisher_at_a_time_writes_a_folder(sealing: GatewayStore, tm
     await write(sealing, 300)
     await sealing.evidence.seal()
     folder = tmp_path / "log"
-    async with publish_lock(sealing.database, folder):
+    async with publish_lock(folder):
         waiting = asyncio.create_task(sealing.evidence.publish(folder))
         await asyncio.sleep(0.3)
         assert not waiting.done()

@@ -127,13 +127,12 @@ async def test_a_lock_file_of_something_else_is_named(content: str, tmp_path: Pa
 @pytest.mark.parametrize("umask", [0o002, 0o077])
 async def test_others_publish_where_the_umask_lets_them(umask: int, tmp_path: Path) -> None:
     """As for the files that are published; the lock of an archive, which is private, is for its owner alone."""
-    async with GatewayStore("sqlite://", redis_url="") as store:
-        before = os.umask(umask)
-        try:
-            async with publish_lock(store.database, tmp_path / "public"), archive_lock(tmp_path / "archive"):
-                pass
-        finally:
-            os.umask(before)
+    before = os.umask(umask)
+    try:
+        async with publish_lock(tmp_path / "public"), archive_lock(tmp_path / "archive"):
+            pass
+    finally:
+        os.umask(before)
     modes = [stat.S_IMODE((tmp_path / folder / ".lock").stat().st_mode) for folder in ("public", "archive")]
     assert modes == [0o666 & ~umask, 0o600]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
@@ -17,11 +16,11 @@ from erasure_helpers import BEFORE, OLD, KilledError, killed
 from pyarrow import parquet
 from sqlalchemy import text
 
-from agent_gateway_store import GatewayStore, StoreSettings, clock
+from agent_gateway_store import GatewayStore, StoreSettings
 from agent_gateway_store.archive import Archive
 from agent_gateway_store.errors import ArchiveError, EventHeldError
-from agent_gateway_store.retention import approvals, prune
-from builders import make_event, make_request
+from agent_gateway_store.retention import prune
+from builders import make_event
 from tampering import tamper
 
 store = store_sealed_by_hand
@@ -187,30 +186,6 @@ async def test_a_hold_covers_an_archived_event_in_whatever_folder_it_lies(store:
     await store.retention.hold("case", reason="r", by="c", since=OLD - timedelta(days=1), until=BEFORE)
     with pytest.raises(EventHeldError, match="case"):
         await store.retention.erase("first-1", reason="r", by="dpo", archive=archive)
-
-
-async def test_an_approval_that_ended_otherwise_after_a_restore_is_archived_as_it_is(
-    store: GatewayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The archive holds how it ended before; its id alone does not say that it holds this one."""
-    token = await store.approvals.issue_token(make_request(request_id="r-1"))
-    denied = await store.approvals.deny(token, "alice", "before")
-    clock.move(timedelta(days=200))
-    with monkeypatch.context() as patch:
-        patch.setattr(approvals, "write_door", killed)
-        with pytest.raises(KilledError):
-            await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
-    own = {"id": denied.approval_id.hex if store.database.dialect == "sqlite" else denied.approval_id}
-    async with store.database.write() as connection:
-        after = text("UPDATE approval_votes SET note = 'after' WHERE approval_id = :id")
-        assert (await connection.execute(after, own)).rowcount == 1
-
-    pruned = await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
-
-    assert pruned.approvals == 1
-    files = [path.read_text() for path in (tmp_path / "a").glob("approvals-*.jsonl")]
-    votes = [vote["note"] for lines in files for line in lines.splitlines() for vote in json.loads(line)["votes"]]
-    assert sorted(votes) == ["after", "before"]
 
 
 @pytest.mark.parametrize("is_derived", [False, True])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_gateway_store.errors import InvalidEvidenceError, LogMismatchError, StoreUnavailableError
+from agent_gateway_store.errors import InvalidEvidenceError, LogMismatchError
 from agent_gateway_store.evidence.notes import parse_note
 from agent_gateway_store.evidence.publish import publish, tile_path
 from agent_gateway_store.evidence.tree import EMPTY_ROOT, TileHashes
@@ -170,22 +170,6 @@ async def test_the_tiles_under_the_published_checkpoint_are_not_read_again(tmp_p
     await publish(tmp_path, log.checkpoint(), reader)
 
     assert reader.read < 20
-
-
-async def test_a_publisher_that_was_suspended_puts_no_older_checkpoint_back(tmp_path: Path) -> None:
-    """Where the lock that keeps publishers apart was lost meanwhile."""
-    log = SealedLog(leaves=700)
-    await publish(tmp_path, log.checkpoint(200), Reader(log))
-    reader, other = Reader(log), Reader(log)
-
-    async def read(names: Sequence[tuple[int, int]]) -> TileHashes:
-        if not other.read:
-            await publish(tmp_path, log.checkpoint(700), other)
-        return await reader(names)
-
-    with pytest.raises(StoreUnavailableError, match="try again"):
-        await publish(tmp_path, log.checkpoint(300), read)
-    assert monitor(tmp_path)[0] == 700
 
 
 async def test_a_tile_that_is_not_that_of_the_tree_gets_no_checkpoint(tmp_path: Path) -> None:

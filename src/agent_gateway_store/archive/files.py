@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from agent_gateway_store.archive.manifest import Entry, Manifest, runs_of, sha256_of
 from agent_gateway_store.errors import ArchiveError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
-from agent_gateway_store.models.evidence import leaf_hash
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column, columns_of
 from agent_gateway_store.storage.arrow import by_day
@@ -37,21 +36,6 @@ NAMES = tuple(column.name for column in COLUMNS)
 _GROUP_ROWS = 10_000
 # As long as the salts of the leaves: nobody guesses 128 bits.
 _SALT_BYTES = 16
-
-
-def said_of_unhashed(salt: str, leaf: str) -> str | None:
-    """Say of an event that does not fit its leaf that it was sealed without a hash, which counts as zeros there."""
-    try:
-        is_unhashed = leaf_hash(bytes.fromhex(salt), bytes(32)).hex() == leaf
-    except (TypeError, ValueError):
-        # A file can be made to hold something else.
-        return None
-    if not is_unhashed:
-        return None
-    return (
-        "The event had no valid content_hash when it was sealed: it was not written by this package, or was changed "
-        "before it was sealed."
-    )
 
 
 def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) -> list[Entry]:

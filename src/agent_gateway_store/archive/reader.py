@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import code_text, describe
-from agent_gateway_store.archive.files import EVENT_COLUMNS, NAMES, require_intact, said_of_unhashed
+from agent_gateway_store.archive.files import EVENT_COLUMNS, NAMES, require_intact
 from agent_gateway_store.archive.footer import BATCH_ROWS, Footer, require_columns
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
 from agent_gateway_store.audit.document import hash_of_stored
@@ -228,9 +228,7 @@ class ArchiveWalk:
                 if (found := checked_row(row)) is None:
                     altered += 1
                     if altered <= _MOST_FINDINGS:
-                        text = said_of_unhashed(*row[-2:]) or (
-                            "The archived event, or its leaf, is not what was sealed."
-                        )
+                        text = "The archived event, or its leaf, is not what was sealed."
                         self._note(FindingKind.ALTERED, text, position=row[-3], event_id=row[0], request_id=row[1])
                     continue
                 fitting.append(found)

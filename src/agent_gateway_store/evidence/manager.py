@@ -182,7 +182,7 @@ class EvidenceManager:
         checkpoint = await self.checkpoint()
         if checkpoint is None:
             return None
-        async with publish.publish_lock(self._database, Path(folder)):
+        async with publish.publish_lock(Path(folder)):
             # The process that was waited for may have published a later one.
             checkpoint = await self.checkpoint() or checkpoint
             try:

@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from errno import ELOOP
 from itertools import islice
-from os.path import realpath
 from pathlib import Path
 
-from agent_gateway_store.errors import LogMismatchError, StoreUnavailableError
+from agent_gateway_store.errors import LogMismatchError
 from agent_gateway_store.evidence.notes import ParsedNote, parse_note
 from agent_gateway_store.evidence.tree import (
     HASH_BYTES,
@@ -24,34 +23,27 @@ from agent_gateway_store.evidence.tree import (
     tiles_for_root,
 )
 from agent_gateway_store.models.evidence import Checkpoint
-from agent_gateway_store.storage.database import Database
-from agent_gateway_store.storage.exclusive import ExclusiveLock, folder_lock, key_of
+from agent_gateway_store.storage.exclusive import folder_lock
 from agent_gateway_store.storage.files import PUBLIC_FILE_MODE, open_regular, partial, sync
 
 # Chosen: 512 KiB of hashes in memory.
 _TILES_AT_ONCE = 64
 # Chosen: a log that grew by some 100,000 events is published in less.
 _WAIT_S = 20.0
-# Said where the lock is held, and where it was lost and the folder was written meanwhile.
-_BUSY = "Another process publishes to this folder"
 
 
 @asynccontextmanager
-async def publish_lock(database: Database, folder: Path) -> AsyncIterator[None]:
-    """Let those who publish a log to this folder, which is made, write one after the other.
+async def publish_lock(folder: Path) -> AsyncIterator[None]:
+    """Let those who publish to this folder, which is made, write one after the other.
 
     Raises:
         OSError: The folder cannot be written.
-        StoreUnavailableError: Another process publishes there, or the database is away.
+        StoreUnavailableError: Another process publishes there.
     """
-    key = key_of(f"publish {await asyncio.to_thread(realpath, folder)}")
-    lock = ExclusiveLock(database, key=key, suffix=f".publish-{key:016x}.lock", wait_s=_WAIT_S, busy=_BUSY)
-    async with lock() as still_held:
-        await asyncio.to_thread(_make_folder, folder)
-        # A process that is frozen may lose the lock of the database, and keeps this one.
-        async with folder_lock(folder, wait_s=_WAIT_S, busy=_BUSY, mode=PUBLIC_FILE_MODE):
-            await still_held()
-            yield
+    await asyncio.to_thread(_make_folder, folder)
+    busy = "Another process publishes to this folder"
+    async with folder_lock(folder, wait_s=_WAIT_S, busy=busy, mode=PUBLIC_FILE_MODE):
+        yield
 
 
 def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
@@ -83,7 +75,6 @@ async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
             the log does not agree with its own checkpoint.
         LookupError: A hash is missing in the log.
         OSError: The folder cannot be written.
-        StoreUnavailableError: Another process has written a checkpoint there meanwhile.
     """
     size, old, count = checkpoint.size, await asyncio.to_thread(_published, folder), 0
     await _require_same_log(old, checkpoint, read)
@@ -92,7 +83,7 @@ async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
         above = {(level + 1, index // TILE_WIDTH) for level, index, width in batch if width == TILE_WIDTH}
         tiles = await read([*((level, index) for level, index, _ in batch), *above])
         count += await asyncio.to_thread(_write_tiles, folder, batch, tiles)
-    await asyncio.to_thread(_write_checkpoint, folder, checkpoint, old)
+    await asyncio.to_thread(_write_checkpoint, folder, checkpoint)
     return count
 
 
@@ -162,21 +153,13 @@ def _write_tiles(folder: Path, batch: Sequence[tuple[int, int, int]], tiles: Til
     return count
 
 
-def _write_checkpoint(folder: Path, checkpoint: Checkpoint, old: ParsedNote | None) -> None:
-    _require_published(folder, old)
+def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     size, edge = checkpoint.size, dict[tuple[int, int], bytes]()
     for level, index in tiles_for_root(size):
         edge[level, index] = _read(folder / tile_path(level, index, _width(level, index, size)))
     if root_from(TileHashes(edge), size).hex() != checkpoint.root_hash:
         raise _does_not_agree(size)
-    _require_published(folder, old)
     _write(folder / "checkpoint", checkpoint.note.encode())
-
-
-def _require_published(folder: Path, old: ParsedNote | None) -> None:
-    # The lock of a process that was suspended for long may be lost, and others may have removed partial tiles.
-    if _published(folder) != old:
-        raise StoreUnavailableError(f"{_BUSY}: try again.")
 
 
 def _require_own(folder: Path, below: Path) -> None:
