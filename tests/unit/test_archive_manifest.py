@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from hashlib import sha256
@@ -99,17 +98,6 @@ def test_half_a_line_of_a_killed_process_is_removed_by_whoever_writes_next(tmp_p
     archived(one, "after")
 
     assert notes_in(tmp_path) == ["before", "after"]
-
-
-async def test_a_pipe_in_the_place_of_the_manifest_is_said_and_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / NAME)
-    # Whoever reads it waits until this end is closed.
-    end = os.open(tmp_path / NAME, os.O_RDWR)
-    try:
-        with pytest.raises(ArchiveError, match="not a regular file"):
-            await asyncio.wait_for(asyncio.to_thread(Manifest(tmp_path).read), 10)
-    finally:
-        os.close(end)
 
 
 @pytest.mark.parametrize("name", [NAME, "day=2026-01-01/000000000000000-00.parquet"])

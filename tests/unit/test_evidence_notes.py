@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_gateway_store.errors import InvalidEvidenceError, MissingExtraError
-from agent_gateway_store.evidence.notes import ParsedNote, SigningKey, VerifierKey, checkpoint_note, parse_note
+from agent_gateway_store.evidence.notes import SigningKey, VerifierKey, checkpoint_note, parse_note
 
 pytestmark = pytest.mark.unit
 
@@ -65,6 +64,8 @@ def test_a_checkpoint_reads_back_and_is_signed_by_its_key() -> None:
     assert note.signed_by([OTHER.verifier, KEY.verifier])
     assert not note.signed_by([OTHER.verifier])
     assert not note.signed_by([])
+    assert SIGNED.startswith(BODY)
+    assert not parse_note(BODY).signed_by([KEY.verifier])
 
 
 def test_bare_cryptography_verifies_a_checkpoint() -> None:
@@ -79,12 +80,6 @@ def test_bare_cryptography_verifies_a_checkpoint() -> None:
     key.verify(signature, f"{body}\n".encode())
     with pytest.raises(InvalidSignature):
         key.verify(signature, body.encode())
-
-
-def test_an_unsigned_checkpoint_is_signed_by_nobody() -> None:
-    assert SIGNED.startswith(BODY)
-    assert parse_note(BODY).signatures == ()
-    assert not parse_note(BODY).signed_by([KEY.verifier])
 
 
 @pytest.mark.parametrize(
@@ -159,14 +154,7 @@ def test_text_that_is_no_note_is_one_error(text: str) -> None:
         parse_note(text)
 
 
-@settings(max_examples=200)
-@given(st.one_of(st.text(), st.text(alphabet=sorted(set(SIGNED)))))
-def test_any_text_is_a_note_or_one_error(text: str) -> None:
-    with contextlib.suppress(InvalidEvidenceError):
-        assert isinstance(parse_note(text), ParsedNote)
-
-
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.integers(0, len(SIGNED)), st.integers(0, 3), st.text(max_size=3))
 def test_no_edited_note_is_signed(at: int, count: int, text: str) -> None:
     """Cut out, put in, or replaced, anywhere in it."""
@@ -201,30 +189,13 @@ def test_what_is_no_key_is_refused_without_being_repeated(kind: type[SigningKey 
     assert base64.b64encode(ROOT).decode()[4:] not in str(caught.value)
 
 
-def test_neither_half_passes_for_the_other() -> None:
-    with pytest.raises(ValueError):
-        VerifierKey.parse(KEY.to_text())
-    with pytest.raises(ValueError):
-        SigningKey.parse(str(KEY.verifier))
-
-
-def test_a_signing_key_does_not_show_its_secret() -> None:
-    secret = KEY.to_text().rpartition("+")[2]
-
-    assert secret not in repr(KEY)
-    assert secret not in str(KEY)
-
-
-@pytest.mark.parametrize("name", ["", "a b", "a+b", "a\nb", "\ud800"])
-def test_names_that_no_verifier_takes_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="name of a key"):
-        SigningKey.generate(name)
-
-
-@pytest.mark.parametrize("origin", ["", "two\nlines", "\ud800"])
-def test_origins_that_no_verifier_takes_are_refused(origin: str) -> None:
-    with pytest.raises(ValueError, match="origin"):
-        checkpoint_note(origin, 0, ROOT)
+def test_names_and_origins_that_no_verifier_takes_are_refused() -> None:
+    for name in ("", "a b", "a+b", "a\nb", "\ud800"):
+        with pytest.raises(ValueError, match="name of a key"):
+            SigningKey.generate(name)
+    for origin in ("", "two\nlines", "\ud800"):
+        with pytest.raises(ValueError, match="origin"):
+            checkpoint_note(origin, 0, ROOT)
 
 
 def test_generated_keys_differ_and_read_back() -> None:
@@ -233,6 +204,10 @@ def test_generated_keys_differ_and_read_back() -> None:
     assert first.verifier != second.verifier
     assert SigningKey.parse(f" {first.to_text()}\n").verifier == first.verifier
     assert VerifierKey.parse(f"{first.verifier}\n") == first.verifier
+    assert first.to_text().split("+", 4)[4] not in repr(first) + str(first)
+    for parse, half in ((VerifierKey.parse, first.to_text()), (SigningKey.parse, str(first.verifier))):
+        with pytest.raises(ValueError):
+            parse(half)
 
 
 def test_without_cryptography_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
