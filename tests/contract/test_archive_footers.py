@@ -23,6 +23,8 @@ from agent_gateway_store.models.evidence import FindingKind
 from builders import make_event
 
 store = store_sealed_by_hand
+# What the files say has nothing to do with the database.
+pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 OLD = datetime(2025, 3, 1, 12, tzinfo=UTC)
 CALLERS = ["alice", "mallory", "bob"]

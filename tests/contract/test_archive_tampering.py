@@ -25,6 +25,8 @@ from builders import make_event
 from cases import cases
 
 store = store_sealed_by_hand
+# What the files say has nothing to do with the database.
+pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture

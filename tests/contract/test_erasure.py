@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sqlite3
-import subprocess
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 import redis.asyncio
-from contract_helpers import WITH_REDIS
+from contract_helpers import POSTGRES, WITH_REDIS
 from erasure_helpers import (
     BEFORE,
     MARK,
@@ -37,6 +34,9 @@ from agent_gateway_store.retention import erase
 from builders import make_event, make_request
 from servers import RedisServer
 from tampering import tamper
+
+# What differs on SQLite stands in `test_erasure_kills.py`.
+pytestmark = POSTGRES
 
 
 @pytest.fixture
@@ -78,36 +78,6 @@ async def test_nothing_is_left_by_which_it_could_be_guessed(
     if archived:
         assert Archive(folder).verify().ok
         assert len(list(folder.rglob("*.parquet"))) == 1
-
-
-async def test_no_value_is_left_in_a_file_of_sqlite(
-    sqlite_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where SQLite by itself wipes nothing, as by default: while the store is open, and where it was pruned before."""
-    connect = sqlite3.connect
-
-    def connect_plainly(*arguments: Any, **options: Any) -> sqlite3.Connection:
-        connection = connect(*arguments, **options)
-        connection.execute("PRAGMA secure_delete = OFF")
-        return connection
-
-    def left() -> int:
-        # By another process: to close the file here would end SQLite's locks.
-        found = subprocess.run(["grep", "-rac", MARK, str(tmp_path)], capture_output=True, text=True, check=False)
-        return sum(int(line.rpartition(":")[2]) for line in found.stdout.splitlines())
-
-    monkeypatch.setattr(sqlite3, "connect", connect_plainly)
-    shutil.copy(sqlite_template, tmp_path / "gateway.db")
-    settings = StoreSettings(audit_seal_seconds=0)
-    async with GatewayStore(f"sqlite:///{tmp_path / 'gateway.db'}", redis_url="", settings=settings) as store:
-        await settle(store)
-        await used_approval(store, "r-2")
-        await store.audit.write(secret_event(request_id="r-2", timestamp=clock.utc_now()))
-        await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
-        for erased in ("r-1", "r-2"):
-            assert left() > 0
-            await store.retention.erase(erased, reason="GDPR 17", by="dpo", archive=tmp_path / "a")
-        assert left() == 0
 
 
 async def test_the_log_says_who_erased_what_and_why(store: GatewayStore) -> None:

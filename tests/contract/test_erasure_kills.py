@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sqlite3
+import subprocess
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from contract_helpers import WITH_REDIS, run_script
 from erasing_process import APPROVALS, LATER, archived_approvals
+from erasure_helpers import BEFORE, MARK, secret_event, settle, used_approval
 
-from agent_gateway_store import GatewayStore, clock
+from agent_gateway_store import GatewayStore, StoreSettings, clock
 
 pytestmark = pytest.mark.system
 
@@ -50,3 +55,33 @@ async def test_a_prune_of_approvals_killed_at_any_step_loses_nothing(
         assert len(await store.approvals.list_requests()) == 0
         assert (await store.evidence.verify()).ok
     assert len(archived_approvals(tmp_path / "archive")) == APPROVALS * (killed + 1)
+
+
+async def test_no_value_is_left_in_a_file_of_sqlite(
+    sqlite_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where SQLite by itself wipes nothing, as by default: while the store is open, and where it was pruned before."""
+    connect = sqlite3.connect
+
+    def connect_plainly(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)
+        connection.execute("PRAGMA secure_delete = OFF")
+        return connection
+
+    def left() -> int:
+        # By another process: to close the file here would end SQLite's locks.
+        found = subprocess.run(["grep", "-rac", MARK, str(tmp_path)], capture_output=True, text=True, check=False)
+        return sum(int(line.rpartition(":")[2]) for line in found.stdout.splitlines())
+
+    monkeypatch.setattr(sqlite3, "connect", connect_plainly)
+    shutil.copy(sqlite_template, tmp_path / "gateway.db")
+    settings = StoreSettings(audit_seal_seconds=0)
+    async with GatewayStore(f"sqlite:///{tmp_path / 'gateway.db'}", redis_url="", settings=settings) as store:
+        await settle(store)
+        await used_approval(store, "r-2")
+        await store.audit.write(secret_event(request_id="r-2", timestamp=clock.utc_now()))
+        await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
+        for erased in ("r-1", "r-2"):
+            assert left() > 0
+            await store.retention.erase(erased, reason="GDPR 17", by="dpo", archive=tmp_path / "a")
+        assert left() == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from contract_helpers import store_sealed_by_hand
+from contract_helpers import POSTGRES, store_sealed_by_hand
 from erasure_helpers import BEFORE, MARK, OLD, everything, used_approval
 
 from agent_gateway_store import AuditEvent, GatewayStore, clock
@@ -20,6 +20,7 @@ from agent_gateway_store.evidence import check
 from agent_gateway_store.models.approval import hash_approval
 from builders import make_event
 
+pytestmark = POSTGRES
 store = store_sealed_by_hand
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from contract_helpers import approved
+from contract_helpers import POSTGRES, approved
 
 from agent_gateway_store import AuditEvent, GatewayStore, StoreSettings, ToolCall
 from agent_gateway_store.errors import AuditEventNotFoundError, LogMismatchError
@@ -17,6 +17,7 @@ from builders import CALL, make_event, make_request
 from sealed_log import KEY
 from tampering import tamper
 
+pytestmark = POSTGRES
 VKEY = str(KEY.verifier)
 SETTINGS = StoreSettings(audit_seal_seconds=0, audit_signing_key=KEY.to_text())  # type: ignore[arg-type]
 
@@ -153,7 +154,6 @@ async def test_an_event_that_no_checkpoint_covers_has_no_proof(store: GatewaySto
     assert (await store.evidence.prove("r-1")).position == 0
 
 
-@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 async def test_a_proof_reads_all_its_hashes_at_once(store: GatewayStore) -> None:
     """SQLite has no round trips. The event, its leaf, the approval, and the hashes of however many tiles."""
     await store.audit.write_many([make_event(request_id=f"r-{at}") for at in range(300)])

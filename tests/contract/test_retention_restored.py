@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from archive_helpers import entries_of, rewritten, save, with_column
-from contract_helpers import store_sealed_by_hand
+from contract_helpers import POSTGRES, store_sealed_by_hand
 from erasure_helpers import BEFORE, OLD, KilledError, killed
 from pyarrow import parquet
 from sqlalchemy import text
@@ -23,6 +23,7 @@ from agent_gateway_store.retention import prune
 from builders import make_event
 from tampering import tamper
 
+pytestmark = POSTGRES
 store = store_sealed_by_hand
 
 SETTINGS = StoreSettings(audit_seal_seconds=0)
