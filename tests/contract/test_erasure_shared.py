@@ -89,8 +89,9 @@ async def test_approvals_are_discarded_beside_a_hold_where_nothing_was_archived(
     assert (await store.retention.prune_approvals("190d", by="ops", discard=True)).approvals == 1
 
 
-@pytest.mark.parametrize("held", ["r-1", "r-2"])
-@pytest.mark.parametrize("archived", ["none", "other", "all"])
+@pytest.mark.parametrize(
+    ("archived", "held"), [("none", "r-1"), ("none", "r-2"), ("other", "r-1"), ("all", "r-1"), ("all", "r-2")]
+)
 async def test_an_approval_of_a_held_call_is_not_erased_with_another_call(
     store: GatewayStore, tmp_path: Path, archived: str, held: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ PLACES: dict[str, dict[str, Any]] = {
     "extra": {"extra": {"who": {"name": "before {} after"}}},
     "text": {"llm_explanation": "before {} after"},
 }
-WHERE = pytest.mark.parametrize("archived", [False, True], ids=["table", "archive"])
 
 
 def filled(value: Any, text: str) -> Any:
@@ -48,39 +48,39 @@ def filled(value: Any, text: str) -> Any:
     return value.replace("{}", text) if isinstance(value, str) else value
 
 
-async def found_by_text(store: GatewayStore, folder: Path | None) -> dict[str, set[str]]:
-    """What is found, by the name of the text."""
-    if folder is not None:
-        clock.move(timedelta(days=200))
-        await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
-        await store.retention.prune_approvals("190d", by="ops", archive=folder)
-    found = {}
-    for name, text in TEXTS.items():
-        page = await store.retention.find(text=text, archive=folder)
-        assert all((each.file is None) == (folder is None) for each in page)
-        found[name] = {each.request_id for each in page}
-    return found
+async def in_table_and_archive(store: GatewayStore, folder: Path) -> AsyncIterator[Path | None]:
+    """None while everything is in the tables, and then the folder to which it went."""
+    yield None
+    clock.move(timedelta(days=200))
+    await store.audit.write_many([make_event(request_id="old", timestamp=OLD), make_event(request_id="newest")])
+    await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
+    await store.retention.prune_approvals("190d", by="ops", archive=folder)
+    yield folder
 
 
-@WHERE
-async def test_any_text_is_found_in_events(store: GatewayStore, tmp_path: Path, archived: bool) -> None:
+async def require_found(store: GatewayStore, folder: Path, places: Iterable[str]) -> None:
+    """Find each text in its places, and no other one; in the tables, and in the archive."""
+    async for archive in in_table_and_archive(store, folder):
+        for name, text in TEXTS.items():
+            page = await store.retention.find(text=text, archive=archive)
+            assert all((each.file is None) == (archive is None) for each in page)
+            found = {each.request_id for each in page}
+            assert {each for each in found if each.startswith(name)} == {f"{name}-{place}" for place in places}
+            # What JSON writes for an umlaut may be somebody's text as well: both are shown rather than none.
+            assert {each.partition("-")[0] for each in found} <= ({name, "umlaut"} if name == "json" else {name})
+
+
+async def test_any_text_is_found_in_events(store: GatewayStore, tmp_path: Path) -> None:
     """In arguments and their names, labels, extra and plain text; and no other event is."""
     events = {
         f"{name}-{place}": filled(fields, text) for name, text in TEXTS.items() for place, fields in PLACES.items()
     }
     await store.audit.write_many([make_event(request_id=each, timestamp=OLD, **events[each]) for each in events])
-    await store.audit.write(make_event(request_id="newest"))
 
-    found = await found_by_text(store, tmp_path / "a" if archived else None)
-
-    for name in TEXTS:
-        assert {each for each in found[name] if each.startswith(name)} == {f"{name}-{place}" for place in PLACES}
-        # What JSON writes for an umlaut may be somebody's text as well: both are shown rather than none.
-        assert {each.partition("-")[0] for each in found[name]} <= ({name, "umlaut"} if name == "json" else {name})
+    await require_found(store, tmp_path / "a", PLACES)
 
 
-@WHERE
-async def test_any_text_is_found_in_approvals(store: GatewayStore, tmp_path: Path, archived: bool) -> None:
+async def test_any_text_is_found_in_approvals(store: GatewayStore, tmp_path: Path) -> None:
     """In the arguments of the call, in an output that waits, and in plain text; and no other approval is."""
     for name, text in TEXTS.items():
         call = ToolCall(server="s", tool="t", arguments={"path": [f"before {text} after"]})
@@ -94,47 +94,22 @@ async def test_any_text_is_found_in_approvals(store: GatewayStore, tmp_path: Pat
         for request in requests.values():
             await store.approvals.cancel(await store.approvals.issue_token(request), "x")
 
-    found = await found_by_text(store, tmp_path / "a" if archived else None)
-
-    for name in TEXTS:
-        assert {each for each in found[name] if each.startswith(name)} == {
-            f"{name}-{place}" for place in ("call", "output", "plain")
-        }
-        assert {each.partition("-")[0] for each in found[name]} <= ({name, "umlaut"} if name == "json" else {name})
+    await require_found(store, tmp_path / "a", ("call", "output", "plain"))
 
 
-@WHERE
-async def test_what_is_not_there_is_not_found(store: GatewayStore, tmp_path: Path, archived: bool) -> None:
-    """A field without a value holds no "None"."""
-    await store.approvals.cancel(await store.approvals.issue_token(make_request(request_id="r-1")), "x")
-    folder = tmp_path / "a" if archived else None
-    if folder is not None:
-        clock.move(timedelta(days=200))
-        await store.audit.write_many([make_event(timestamp=OLD), make_event()])
-        await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
-        await store.retention.prune_approvals("190d", by="ops", archive=folder)
-        assert list(folder.glob("approvals-*"))
-    assert await store.retention.find(text="None", archive=folder) == []
-    with pytest.raises(ValueError, match="1 to 1,000 characters"):
-        await store.retention.find(text="", archive=folder)
-
-
-@WHERE
-async def test_notes_and_names_of_all_who_voted_are_looked_at(
-    store: GatewayStore, tmp_path: Path, archived: bool
-) -> None:
-    """The approval itself holds those of the last one."""
+async def test_notes_and_names_of_all_who_voted_are_looked_at(store: GatewayStore, tmp_path: Path) -> None:
+    """The approval itself holds those of the last one; a field without a value holds no "None"."""
     for request_id in ("r-1", "r-2"):
         request = make_request(request_id=request_id, required_approvals=2)
         token = await store.approvals.issue_token(request)
         if request_id == "r-1":
             await store.approvals.approve(token, "alice", f"for {TEXTS['quote']}")
         await store.approvals.deny(token, "bob", "no")
-    folder = tmp_path / "a" if archived else None
-    if folder is not None:
-        await store.audit.write_many([make_event(timestamp=OLD), make_event()])
-    await found_by_text(store, folder)
-    for text in (TEXTS["quote"], "ALICE"):
-        page = await store.retention.find(text=text, archive=folder)
-        assert [(each.kind, each.request_id) for each in page] == [("approval", "r-1")]
-        assert all((each.file is None) == (folder is None) for each in page)
+    async for folder in in_table_and_archive(store, tmp_path / "a"):
+        for text in (TEXTS["quote"], "ALICE"):
+            page = await store.retention.find(text=text, archive=folder)
+            assert [(each.kind, each.request_id) for each in page] == [("approval", "r-1")]
+            assert all((each.file is None) == (folder is None) for each in page)
+        assert await store.retention.find(text="None", archive=folder) == []
+    with pytest.raises(ValueError, match="1 to 1,000 characters"):
+        await store.retention.find(text="")

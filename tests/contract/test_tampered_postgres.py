@@ -30,22 +30,11 @@ TWICE = """'{"path": "evil", "path": "x"}'::json"""
             "audit_events lacks the column sanitized_args jsonb",
         ),
         (
-            "ALTER TABLE audit_events ALTER latency_ms TYPE integer",
-            "audit_events lacks the column latency_ms int8",
-        ),
-        (
-            "ALTER TABLE audit_events ALTER key_id TYPE json USING '1'",
-            "audit_events lacks the column key_id text",
-        ),
-        (
             "ALTER TABLE audit_events DROP trace_id, ADD trace_id text GENERATED ALWAYS AS ('x') STORED",
             "audit_events lacks the column trace_id text, or computes it",
         ),
-        ("ALTER TABLE audit_leaves ALTER salt TYPE text", "audit_leaves lacks the column salt bytea"),
-        ("ALTER TABLE audit_tiles ALTER level TYPE bigint", "audit_tiles lacks the column level int4"),
         ("ALTER TABLE audit_checkpoints ALTER size TYPE text", "audit_checkpoints lacks the column size int8"),
         ("ALTER TABLE audit_events SET UNLOGGED", "audit_events is UNLOGGED"),
-        ("CREATE TABLE kid () INHERITS (audit_events)", "audit_events has tables that inherit from it"),
         ("CREATE TABLE kid () INHERITS (audit_leaves)", "audit_leaves has tables that inherit from it"),
         (
             "CREATE RULE lost AS ON INSERT TO audit_events WHERE NEW.caller_id = 'evil' DO INSTEAD NOTHING",
@@ -63,12 +52,16 @@ async def test_what_can_show_something_else_is_seen(own_database_url: str, state
     assert [(each.kind, said in each.text) for each in found.findings] == [(FindingKind.ALTERED, True)]
 
 
-@pytest.mark.parametrize("when", ["AFTER INSERT", "BEFORE UPDATE"])
-async def test_a_trigger_that_cannot_drop_rows_is_no_finding(own_database_url: str, when: str) -> None:
-    """Somebody else may take events to another place, and say so."""
-    trigger = f"CREATE TRIGGER theirs {when} ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()"
-    found = await verified_after(own_database_url, FUNCTION.replace("BEGIN", SAYS), trigger)
-    assert (found.ok, ["which is not the store's" in each for each in found.remarks]) == (True, [True])
+async def test_a_trigger_or_rule_that_cannot_drop_rows_is_no_finding(own_database_url: str) -> None:
+    """Somebody else may take events to another place, or make a table append-only in their way."""
+    found = await verified_after(
+        own_database_url,
+        FUNCTION.replace("BEGIN", SAYS),
+        "CREATE TRIGGER theirs AFTER INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION theirs()",
+        "CREATE TRIGGER theirs BEFORE UPDATE ON audit_leaves FOR EACH ROW EXECUTE FUNCTION theirs()",
+        "CREATE RULE kept AS ON DELETE TO audit_events DO INSTEAD NOTHING",
+    )
+    assert (found.ok, ["which is not the store's" in each for each in found.remarks]) == (True, [True] * 3)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +82,6 @@ async def test_a_trigger_counts_where_it_fires_for_writers(
     )
     assert found.ok is not is_found
     assert any("sessions fire no triggers" in each for each in found.remarks) is (setting == "Replica")
-
-
-async def test_what_a_protective_rule_does_is_no_finding(own_database_url: str) -> None:
-    """Somebody else's way of making a table append-only changes nothing that is read."""
-    rule = "CREATE RULE kept AS ON DELETE TO audit_events DO INSTEAD NOTHING"
-    assert (await verified_after(own_database_url, rule)).ok
 
 
 @pytest.mark.parametrize("name", ["audit_events", "audit_leaves"])

@@ -123,39 +123,6 @@ class TestOnSqlite:
         assert f"missing from index {index}" in found.findings[0].text
         assert found.checked == 3
 
-    async def test_an_index_that_counts_a_forged_event_as_sealed_is_seen(self, database_url: str) -> None:
-        """An entry of the index of leaves without a leaf: `unsealed` is not answered out of it."""
-        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-            await store.audit.write_many([make_event(request_id=f"r-{number}") for number in range(3)])
-            kept = await store.evidence.seal()
-            assert kept is not None
-            await store.audit.write(make_event(request_id="forged"))
-        unique = "replace(sql, 'UNIQUE (event_id)', 'CHECK (true)')"
-        of_leaves = "name = 'sqlite_autoindex_audit_leaves_1'"
-        await run_as_owner(
-            database_url,
-            "CREATE TABLE leaf AS SELECT * FROM audit_leaves WHERE position = 2",
-            "UPDATE audit_leaves SET event_id = 4 WHERE position = 2",
-            "PRAGMA writable_schema = ON",
-            "CREATE TABLE kept AS SELECT * FROM sqlite_master WHERE tbl_name = 'audit_leaves' AND type <> 'trigger'",
-            f"UPDATE sqlite_master SET sql = {unique} WHERE name = 'audit_leaves'",
-            f"DELETE FROM sqlite_master WHERE {of_leaves}",
-            "PRAGMA writable_schema = RESET",
-            "UPDATE audit_leaves SET event_id = (SELECT event_id FROM leaf) WHERE position = 2",
-            "PRAGMA writable_schema = ON",
-            "UPDATE sqlite_master SET sql = (SELECT sql FROM kept WHERE type = 'table') WHERE name = 'audit_leaves'",
-            f"INSERT INTO sqlite_master SELECT * FROM kept WHERE {of_leaves}",
-            "PRAGMA writable_schema = RESET",
-            "DROP TABLE kept",
-            "DROP TABLE leaf",
-        )
-
-        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
-            found = await store.evidence.verify(against=[kept])
-        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
-        assert "missing from index sqlite_autoindex_audit_leaves_1" in found.findings[0].text
-        assert found.unsealed == 1
-
     async def test_an_event_behind_the_leaf_of_another_is_not_sealed(self, database_url: str) -> None:
         """Its twin was sealed, and the leaf names the other one now, as text: both are unique, and an index says so."""
         as_made = "SELECT * FROM sqlite_master WHERE tbl_name = 'audit_events' AND type <> 'trigger'"
@@ -225,9 +192,7 @@ class TestOnSqlite:
     @pytest.mark.parametrize(
         "mask",
         [
-            "type = 'Trigger'",
-            "type = 'trigger' || char(0) || 'x'",
-            "tbl_name = upper(tbl_name) || char(0)",
+            "type = 'Trigger', tbl_name = upper(tbl_name) || char(0)",
             "sql = CAST(sql AS BLOB)",
             "sql = replace(sql, 'CREATE ', 'create/**/')",
         ],
@@ -271,11 +236,10 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
     assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
 
 
-READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]
 VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", ["audit_events", "database_identity"])
 async def test_a_view_in_place_of_a_table_is_seen(own_database_url: str, name: str) -> None:
     """It may show others something else, and this one may have no end: nothing is read from it."""
     found = await verified_after(own_database_url, *(statement.format(name) for statement in VIEW))
