@@ -39,12 +39,7 @@ _SALT_BYTES = 16
 
 
 def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) -> list[Entry]:
-    """Write events, which are in the order of time, to one file for each day; return what the manifest must say.
-
-    Raises:
-        ArchiveError: What is read back is not what was written.
-        OSError: The folder cannot be written.
-    """
+    """Write events, which are in the order of time, to one file for each day; return what the manifest must say."""
     entries = [write_day(manifest, day, rows, checkpoint) for day, rows in by_day(table, "timestamp")]
     sync(manifest.folder)
     return entries
@@ -53,7 +48,7 @@ def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) ->
 def write_day(
     manifest: Manifest, day: str, table: pa.Table, checkpoint: str | None, *, replaces: str | None = None
 ) -> Entry:
-    """Write the events of one day to a file; errors as of `write_events`."""
+    """Write the events of one day to a file; ArchiveError where it does not read back so."""
     from pyarrow import parquet
 
     positions = table.column("position").to_pylist()

@@ -103,16 +103,12 @@ class Footer:
 
 
 class _Group:
-    """What is said of a group of rows.
-
-    Attributes:
-        unpacked: How many bytes are unpacked at a time: of each column its dictionary, and one page.
-        batch_rows: How many rows to unpack at once.
-    """
+    """What is said of a group of rows, how many bytes of it are unpacked at a time, and how many rows to read so."""
 
     def __init__(self, said: _Struct, file: IO[bytes]) -> None:
         self._said, self.rows = said, said[3]
         self._pages = [list(_pages(file, chunk[3])) for chunk in said[1]]
+        # Of each column its dictionary, and one page.
         dictionaries = largest = 0
         row_bytes = 0.0
         for pages in self._pages:

@@ -116,14 +116,10 @@ class Archive:
     def batches(
         self, filters: Mapping[str, Any], columns: Sequence[str], keep: Any = None, *, skips: bool = True
     ) -> Iterator[tuple[Entry, pa.RecordBatch]]:
-        """Yield the rows that match, with these columns, each event once.
+        """Yield the rows that match `filters`, and `keep`, a condition of pyarrow, with these columns, each event once.
 
-        Args:
-            filters: As of `events`.
-            columns: Their names.
-            keep: One more condition of pyarrow.
-            skips: False looks at each row, whatever days, positions and statistics say, and yields the copies of an
-                event as well: for what must miss none.
+        Without `skips` each row is looked at, whatever days, positions and statistics say, and the copies of an event
+        come as well: for what must miss none.
         """
         arrow("Reading an archive")
         found = criteria(filters, org_id=None)

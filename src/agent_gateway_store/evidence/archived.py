@@ -51,12 +51,9 @@ async def read_archives(
     blanked: Mapping[int, set[str]],
     note: Callable[..., None],
 ) -> Archived:
-    """Check every event of the archives.
+    """Check every event of the archives, and hand each finding to `note`.
 
-    Args:
-        expected: Runs of positions that sealed events say were archived.
-        blanked: Hashes of erased events, by position, as sealed events say.
-        note: Receives each finding: its kind, its text and where.
+    Sealed events say which runs are `expected` there, and the hashes of `blanked` events, by position.
     """
     altered: set[int] = set()
     remarks: list[str] = []

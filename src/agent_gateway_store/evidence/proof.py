@@ -166,19 +166,7 @@ class Evidence(FrozenModel):
 async def prove(
     database: Database, read: ReadTiles, request_id: str, *, org_id: str | None, hash_key: str | None = None
 ) -> Evidence:
-    """Collect the evidence of the newest event with this request id.
-
-    Args:
-        database: Where the events are.
-        read: Where the tiles come from.
-        request_id: As the gateway gave it.
-        org_id: See only this organisation; None sees all.
-        hash_key: As in `AuditEvent.hash_args`.
-
-    Raises:
-        AuditEventNotFoundError: There is no such event.
-        LogMismatchError: A hash of the log is missing, or what stands there cannot be read.
-    """
+    """Collect the evidence of the newest event with this request id; errors as of `EvidenceManager.prove`."""
     event = await AuditQuery(database, org_id=org_id).get_by_request_id(request_id)
     if event is None:
         raise AuditEventNotFoundError(request_id)

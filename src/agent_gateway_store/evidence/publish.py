@@ -34,12 +34,7 @@ _WAIT_S = 20.0
 
 @asynccontextmanager
 async def publish_lock(folder: Path) -> AsyncIterator[None]:
-    """Let those who publish to this folder, which is made, write one after the other.
-
-    Raises:
-        OSError: The folder cannot be written.
-        StoreUnavailableError: Another process publishes there.
-    """
+    """Let those who publish to this folder, which is made, write one after the other."""
     await asyncio.to_thread(_make_folder, folder)
     busy = "Another process publishes to this folder"
     async with folder_lock(folder, wait_s=_WAIT_S, busy=busy, mode=PUBLIC_FILE_MODE):
@@ -55,26 +50,10 @@ def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
 
 
 async def publish(folder: Path, checkpoint: Checkpoint, read: ReadTiles) -> int:
-    """Write the tiles of the log at `checkpoint` that `folder` lacks, and then the checkpoint.
+    """Write the tiles that `folder` lacks, then the checkpoint; return how many; errors as of `EvidenceManager`.
 
-    Readers of the folder, meanwhile or after a crash, find a checkpoint with all its tiles. Full tiles under the
-    checkpoint that is there never change: of them only those of another size are written again. Of all others the
-    content is compared, since a publish that was killed may have left tiles of another log. No event and no salt is in
-    there.
-
-    Args:
-        folder: Made if it does not exist.
-        checkpoint: The newest.
-        read: Where the tiles come from.
-
-    Returns:
-        How many tiles were written.
-
-    Raises:
-        LogMismatchError: The folder holds a later checkpoint, or one of another log or of another past of this one; or
-            the log does not agree with its own checkpoint.
-        LookupError: A hash is missing in the log.
-        OSError: The folder cannot be written.
+    Full tiles under the checkpoint that is there never change: of them only those of another size are written again. Of
+    all others the content is compared, since a publish that was killed may have left tiles of another log.
     """
     size, old, count = checkpoint.size, await asyncio.to_thread(_published, folder), 0
     await _require_same_log(old, checkpoint, read)

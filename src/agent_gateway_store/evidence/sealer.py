@@ -132,18 +132,13 @@ _INSERT_CHECKPOINT = _statement(
 
 
 class _Look(NamedTuple):
-    """How far a sealer has looked for events without a leaf.
+    """How far a sealer has looked for events without a leaf."""
 
-    Attributes:
-        after: Up to which event id it has compared events with leaves, one by one.
-        is_compared: Whether that has come to the end; on PostgreSQL it then goes by transactions.
-        since: Transactions with a lower id are sealed, or gone.
-        started: The start of the server of which that is true.
-    """
-
-    # Before every id that a row can hold.
+    # Up to which id it has compared events with leaves; at first before every id that a row can hold.
     after: int = -(2**63)
+    # Whether that has come to the end; on PostgreSQL it then goes by transactions.
     is_compared: bool = False
+    # Transactions with a lower id are sealed, or gone; as long as the server of this start runs.
     since: int = 0
     started: str = ""
 
@@ -215,15 +210,11 @@ class Sealer:
         self._one_at_a_time = asyncio.Lock()
 
     async def seal(self, *, wait: bool = True, anew: bool = False) -> Checkpoint | None:
-        """Seal every event that was committed before the call, and return the checkpoint over all; None: there is none.
+        """Do what `EvidenceManager.seal` says.
 
         Args:
             wait: False returns None at once where another sealer is at work.
             anew: Compare every event with the leaves, as at the first time.
-
-        Raises:
-            LogMismatchError: The log does not agree with its last checkpoint; nothing is added to it.
-            StoreUnavailableError: The database is away, or this role may not write.
         """
         async with self._one_at_a_time:
             if anew:
@@ -248,7 +239,7 @@ class Sealer:
 
     @retry_conflicts
     async def _batch(self, scan: _Scan | None, *, wait: bool) -> tuple[_Found, Checkpoint | None] | None:
-        """Seal some events, with a checkpoint over them, in one transaction: a log is never without its checkpoint."""
+        """Seal some events, and write the checkpoint over them in the same transaction."""
         async with self._database.connection("transaction") as connection:
             if dialect_of(connection) == "postgresql":
                 lock = await (_WAIT_LOCK if wait else _TRY_LOCK).one(connection, {})

@@ -78,13 +78,7 @@ def _key(level: int, index: int) -> dict[str, int]:
 
 
 def grown(edge: TileHashes, size: int, leaves: Sequence[bytes]) -> dict[tuple[int, int], bytes]:
-    """Return the tiles that leaves change which follow the first `size` ones.
-
-    Args:
-        edge: The tiles of `tiles_for_root(size)`.
-        size: How many leaves there are.
-        leaves: Those to come.
-    """
+    """Return the tiles that `leaves` change, which follow the first `size` ones; `edge`: those of `tiles_for_root`."""
     made: dict[tuple[int, int], bytes] = {}
     level, count, new = 0, size, list(leaves)
     while new:

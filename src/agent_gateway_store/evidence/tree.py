@@ -131,22 +131,14 @@ class TileHashes:
         return TileHashes({**self._tiles, **tiles})
 
     def tile(self, level: int, index: int, count: int = TILE_WIDTH) -> bytes:
-        """Return the first `count` hashes of a tile.
-
-        Raises:
-            LookupError: The tiles lack one of them.
-        """
+        """Return the first `count` hashes of a tile; LookupError where one of them lacks."""
         hashes = self._tiles[level, index][: count * HASH_BYTES]
         if len(hashes) != count * HASH_BYTES:
             raise LookupError(f"Tile {index} of level {level} has no hash {len(hashes) // HASH_BYTES}.")
         return hashes
 
     def node(self, level: int, index: int) -> bytes:
-        """Return the hash of a complete subtree.
-
-        Raises:
-            LookupError: The tiles lack one of its hashes.
-        """
+        """Return the hash of a complete subtree; LookupError where the tiles lack one of its hashes."""
         tile_level, above = divmod(level, TILE_HEIGHT)
         count = 1 << above
         tile, start = divmod(index * count, TILE_WIDTH)
@@ -164,25 +156,19 @@ ReadTiles: TypeAlias = Callable[[Sequence[tuple[int, int]]], Awaitable[TileHashe
 def inclusion_path(tiles: TileHashes, index: int, size: int) -> list[bytes]:
     """Return the proof that leaf `index` is in the tree of the first `size` leaves (RFC 9162, 2.1.3.1).
 
-    Raises:
-        ValueError: That tree has no such leaf.
-        LookupError: The tiles lack a hash: see `tiles_for_inclusion`.
+    ValueError where that tree has no such leaf; LookupError where the tiles lack a hash of `tiles_for_inclusion`.
     """
     return [tiles.over(*each) for each in _inclusion_ranges(index, size)]
 
 
 def root_from(tiles: TileHashes, size: int) -> bytes:
-    """Return the root of the tree of the first `size` leaves.
-
-    Raises:
-        LookupError: The tiles lack a hash: see `tiles_for_root`.
-    """
+    """Return the root of the tree of the first `size` leaves; LookupError where a hash of `tiles_for_root` lacks."""
     return tiles.over(0, size) if size else EMPTY_ROOT
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], root: bytes) -> bool:
     """True if `path` proves that leaf `index` of the tree with this size and root is `leaf` (RFC 9162, 2.1.3.2)."""
-    if not 0 <= index < size or not _are_hashes(leaf, root, *path):
+    if not 0 <= index < size or any(len(each) != HASH_BYTES for each in (leaf, root, *path)):
         return False
     node, last, result = index, size - 1, leaf
     for sibling in path:
@@ -196,7 +182,3 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
             result = node_hash(result, sibling)
         node, last = node >> 1, last >> 1
     return last == 0 and result == root
-
-
-def _are_hashes(*values: bytes) -> bool:
-    return all(len(value) == HASH_BYTES for value in values)

@@ -41,12 +41,7 @@ _SECRET = ("token", "acquire_key")
 
 
 class ApprovalPruner:
-    """Prunes one batch after the other; its user holds the lock of retention.
-
-    Args:
-        before: Approvals that ended from this time on stay; not in the future.
-        archive: The folder; None discards.
-    """
+    """Prunes one batch after the other; its user holds the lock of retention. Without `archive` it discards."""
 
     def __init__(
         self, database: Database, *, by: str, environment: str, before: datetime, archive: Path | None

@@ -95,12 +95,7 @@ class _Touched(NamedTuple):
 
 
 class Eraser:
-    """Erases one request; its user holds the lock of retention.
-
-    Args:
-        forget: Deletes the Redis entries of approvals; False where Redis does not answer.
-        archive: Where pruned events are; None: only the table is looked at.
-    """
+    """Erases one request; its user holds the lock of retention. `forget` is that of `RetentionManager`."""
 
     def __init__(
         self,

@@ -44,12 +44,7 @@ _prunes = AuditPrune.__table__
 
 
 def as_stored(filters: Mapping[str, Any], now: datetime) -> dict[str, Any]:
-    """Return checked filters as JSON that means the same whenever it is read; periods count back from `now`.
-
-    Raises:
-        TypeError: There is no such filter, or its value has the wrong type.
-        ValueError: There is no such value.
-    """
+    """Return checked filters as JSON that means the same whenever it is read; periods count back from `now`."""
     checked = criteria(filters, org_id=None, now=now).values
     stored: dict[str, Any] = {}
     for name, given in filters.items():
@@ -80,12 +75,8 @@ _HOLDS = Statement(select(_holds).order_by(_holds.c.placed_at, _holds.c.name))
 async def read_holds(connection: AsyncConnection, *, repairs: bool = False) -> list[Hold]:
     """Return the holds in force, oldest first.
 
-    Args:
-        connection: In a transaction.
-        repairs: Return one that cannot be read without filters, and with a word about it for its reason.
-
-    Raises:
-        UnreadableRowError: One cannot be read: it may cover anything.
+    One that cannot be read may cover anything: UnreadableRowError; with `repairs` it comes without filters, and with a
+    word about it for its reason.
     """
     found = []
     for row in await _HOLDS.rows(connection, {}):

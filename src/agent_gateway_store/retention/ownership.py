@@ -76,10 +76,7 @@ async def require_own_events(
 ) -> None:
     """Raise ArchiveError unless each archived event, as a row of a file, is what this log has sealed at its position.
 
-    A blanked one, unless this log has erased the event at its position, or holds it whole.
-
-    Args:
-        whole: Of events in the table that are not erased, by position: the hash of what an erasure would leave.
+    A blanked one must be erased in this log, too, or be what an erasure would leave of the `whole` one, by position.
     """
     checked = [(row[-3], checked_row(row)) for row in rows]
     own = select(_leaves.c.position, _leaves.c.leaf_hash, _leaves.c.salt)

@@ -79,20 +79,13 @@ class Place(NamedTuple):
 
 
 class Doomed(NamedTuple):
-    """Events that go, column by column: there are many of them.
-
-    Attributes:
-        ids: At least one.
-        positions: In the log.
-        transaction_ids: As far as they are known.
-        last: The place of the last one.
-        has_more: Others may come after it.
-    """
+    """Events that go, at least one, column by column: there are many of them."""
 
     ids: Sequence[int]
     positions: Sequence[int]
     transaction_ids: Sequence[int | None]
     last: Place
+    # Others may come after it.
     has_more: bool
 
 
@@ -129,13 +122,7 @@ _DELETE = Statement(lambda dialect: delete(table).where(is_one_of(dialect, table
 
 
 class Pruner:
-    """Prunes one batch after the other; its user holds the lock of retention.
-
-    Args:
-        sealer: Seals the events that say what is pruned.
-        before: Events from this time on stay.
-        archive: The folder; None discards.
-    """
+    """Prunes one batch after the other; its user holds the lock of retention. Without `archive` it discards."""
 
     def __init__(
         self, database: Database, sealer: Sealer, *, by: str, environment: str, before: datetime, archive: Path | None
@@ -338,11 +325,7 @@ def _larger(dialect: str, column: Any, value: int) -> ColumnElement[int]:
 
 
 async def seal_door(database: Database, sealer: Sealer, door: str, facts: Mapping[str, Any], **said: Any) -> None:
-    """Write the event of a door and seal it; what it says, as for `write_door`.
-
-    Raises:
-        LogMismatchError: It could not be sealed.
-    """
+    """Write the event of a door, as `write_door` does, and seal it; LogMismatchError where it could not be sealed."""
 
     @retry_conflicts
     async def write() -> int:
