@@ -98,9 +98,7 @@ _BEYOND = Statement(
 
 _OURS = {sql for name in append_only.TABLES for sql in append_only.triggers("sqlite", name).values()}
 # SQLite keeps the text of a trigger alone. One that is spelled in any other way may run before INSERT.
-_NOT_BEFORE_INSERT = re.compile(
-    r"CREATE TRIGGER \w+ (AFTER INSERT|((BEFORE|AFTER) )?(UPDATE|DELETE)) ", re.IGNORECASE | re.ASCII
-)
+_NOT_BEFORE_INSERT = re.compile(r"CREATE TRIGGER \w+ (AFTER INSERT|((BEFORE|AFTER) )?(UPDATE|DELETE)) ", re.IGNORECASE)
 _STRANGE = Statement(
     lambda dialect: typed_text(
         append_only.STRANGE_ON_POSTGRES if dialect == "postgresql" else append_only.STRANGE_ON_SQLITE, {}
