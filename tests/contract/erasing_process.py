@@ -119,7 +119,7 @@ async def prune_until_killed(url: str, redis_url: str, folder: Folder, _what: st
 
 
 async def require_approvals(store: GatewayStore, folder: Folder, asked: list[str]) -> None:
-    """Each approval is in the table or in the archive, there with its vote and notices."""
+    """Each approval is in the table or in the archive, there with its vote and notices, and once."""
     archived = archived_approvals(folder.archive)
     stored: list[ApprovalRequest] = [each async for each in store.approvals.stream()]
     assert set(asked) <= {str(each.approval_id) for each in stored} | set(archived)
@@ -127,12 +127,13 @@ async def require_approvals(store: GatewayStore, folder: Folder, asked: list[str
 
 
 def archived_approvals(archive: Path) -> dict[str, Any]:
-    """The approvals that the manifest names, by id; each must be there whole."""
+    """The approvals that the manifest names, by id; each must be there once, and whole."""
     found: dict[str, Any] = {}
     if (archive / NAME).exists():
         for entry in [json.loads(line) for line in (archive / NAME).read_text().splitlines()]:
             for line in (archive / entry["file"]).read_text().splitlines():
                 record = json.loads(line)
+                assert record["approval"]["approval_id"] not in found
                 found[record["approval"]["approval_id"]] = record
                 assert len(record["votes"]) == 1
                 assert {notice["status"] for notice in record["notices"]} == {"DELIVERED"}

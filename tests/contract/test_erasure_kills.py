@@ -45,7 +45,7 @@ async def test_an_erasure_killed_at_any_step_is_completed_by_the_next(
 async def test_a_prune_of_approvals_killed_at_any_step_loses_nothing(
     stride: int, database_url: str, redis_setting: str, tmp_path: Path
 ) -> None:
-    """After each kill every approval is in the table or in the archive; in the end all are in the archive."""
+    """After each kill every approval is in the table or in the archive; in the end all are in the archive, once."""
     killed = await kills(database_url, redis_setting, tmp_path, "approvals", stride)
     assert killed >= 30 // stride
 

@@ -99,6 +99,7 @@ class TestOnSqlite:
     """Where an index says something else than its table."""
 
     async def test_an_index_that_hides_an_event_is_seen(self, database_url: str) -> None:
+        """Searches go by it, and show everything but that one."""
         async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
             await store.audit.write_many([make_event(caller_id=name) for name in ("alice", "mallory", "bob")])
             kept = await store.evidence.seal()
@@ -122,6 +123,39 @@ class TestOnSqlite:
         assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
         assert f"missing from index {index}" in found.findings[0].text
         assert found.checked == 3
+
+    async def test_an_index_that_counts_a_forged_event_as_sealed_is_seen(self, database_url: str) -> None:
+        """An entry of the index of leaves without a leaf: `unsealed` is not answered out of it."""
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            await store.audit.write_many([make_event(request_id=f"r-{number}") for number in range(3)])
+            kept = await store.evidence.seal()
+            assert kept is not None
+            await store.audit.write(make_event(request_id="forged"))
+        unique = "replace(sql, 'UNIQUE (event_id)', 'CHECK (true)')"
+        of_leaves = "name = 'sqlite_autoindex_audit_leaves_1'"
+        await run_as_owner(
+            database_url,
+            "CREATE TABLE leaf AS SELECT * FROM audit_leaves WHERE position = 2",
+            "UPDATE audit_leaves SET event_id = 4 WHERE position = 2",
+            "PRAGMA writable_schema = ON",
+            "CREATE TABLE kept AS SELECT * FROM sqlite_master WHERE tbl_name = 'audit_leaves' AND type <> 'trigger'",
+            f"UPDATE sqlite_master SET sql = {unique} WHERE name = 'audit_leaves'",
+            f"DELETE FROM sqlite_master WHERE {of_leaves}",
+            "PRAGMA writable_schema = RESET",
+            "UPDATE audit_leaves SET event_id = (SELECT event_id FROM leaf) WHERE position = 2",
+            "PRAGMA writable_schema = ON",
+            "UPDATE sqlite_master SET sql = (SELECT sql FROM kept WHERE type = 'table') WHERE name = 'audit_leaves'",
+            f"INSERT INTO sqlite_master SELECT * FROM kept WHERE {of_leaves}",
+            "PRAGMA writable_schema = RESET",
+            "DROP TABLE kept",
+            "DROP TABLE leaf",
+        )
+
+        async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
+            found = await store.evidence.verify(against=[kept])
+        assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
+        assert "missing from index sqlite_autoindex_audit_leaves_1" in found.findings[0].text
+        assert found.unsealed == 1
 
     async def test_an_event_behind_the_leaf_of_another_is_not_sealed(self, database_url: str) -> None:
         """Its twin was sealed, and the leaf names the other one now, as text: both are unique, and an index says so."""
@@ -159,7 +193,10 @@ class TestOnSqlite:
         "head",
         [
             "lose BEFORE INSERT",
+            "lose INSERT",
+            "after BEFORE INSERT",
             '"lose AFTER INSERT" BEFORE INSERT',
+            "lose/* DELETE */BEFORE INSERT",
             "lose /* a */ BEFORE /* b */ INSERT",
             "lose -- DELETE\n BEFORE INSERT",
             "loseDELETE BEFORE INSERT",
@@ -169,6 +206,7 @@ class TestOnSqlite:
         ],
     )
     async def test_a_trigger_that_can_drop_events_is_seen(self, database_url: str, head: str) -> None:
+        """However it is spelled."""
         body = "BEGIN SELECT RAISE(IGNORE), '*/ DELETE ' AS text; END"
         found = await verified_after(database_url, f"CREATE TRIGGER {head} ON AUDIT_EVENTS {body}")
         assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
@@ -177,27 +215,35 @@ class TestOnSqlite:
     @pytest.mark.parametrize(
         "head",
         [
+            "theirs AFTER INSERT",
             '"their own"  after  INSERT',
             "theirs BEFORE UPDATE",
             "theirs /* copy * to / the index */ AFTER INSERT",
             "theirs -- copy\n AFTER INSERT",
+            "theirs AFTER/**/INSERT",
             "copy$1 AFTER INSERT",
+            '"theirs"AFTER INSERT',
             '"their ""own"""AFTER INSERT',
+            "theirs BEFORE/**/DELETE",
         ],
     )
     async def test_a_trigger_that_cannot_drop_events_is_no_finding(self, database_url: str, head: str) -> None:
+        """Somebody else may take events to another place."""
         found = await verified_after(database_url, f"CREATE TRIGGER {head} ON audit_events BEGIN SELECT 1; END")
         assert (found.ok, ["which is not the store's" in each for each in found.remarks]) == (True, [True])
 
     @pytest.mark.parametrize(
         "mask",
         [
-            "type = 'Trigger', tbl_name = upper(tbl_name) || char(0)",
+            "type = 'Trigger'",
+            "type = 'trigger' || char(0) || 'x'",
+            "tbl_name = upper(tbl_name) || char(0)",
             "sql = CAST(sql AS BLOB)",
             "sql = replace(sql, 'CREATE ', 'create/**/')",
         ],
     )
     async def test_a_trigger_is_seen_whatever_its_row_says(self, database_url: str, mask: str) -> None:
+        """SQLite runs its text all the same."""
         found = await verified_after(
             database_url,
             "CREATE TRIGGER lose BEFORE INSERT ON audit_events BEGIN SELECT RAISE(IGNORE); END",
@@ -209,6 +255,7 @@ class TestOnSqlite:
 
     @pytest.mark.parametrize("name", ["audit_leaves", "ix_audit_events_caller_id_timestamp_id"])
     async def test_a_file_with_a_page_that_cannot_be_read_is_seen(self, database_url: str, name: str) -> None:
+        """As after a fault of the disk; what can still be read is verified."""
         async with GatewayStore(database_url, redis_url="", settings=SETTINGS) as store:
             await store.audit.write(make_event())
             await store.evidence.seal()
@@ -236,10 +283,11 @@ async def test_the_leaf_of_a_prune_may_hold_anything(database_url: str) -> None:
     assert [each.kind for each in found.findings] == [FindingKind.ALTERED]
 
 
+READ = ["audit_events", "audit_leaves", "audit_tiles", "audit_checkpoints", "database_identity"]
 VIEW = ["ALTER TABLE {0} RENAME TO real_rows", "CREATE VIEW {0} AS SELECT * FROM real_rows"]
 
 
-@pytest.mark.parametrize("name", ["audit_events", "database_identity"])
+@pytest.mark.parametrize("name", READ)
 async def test_a_view_in_place_of_a_table_is_seen(own_database_url: str, name: str) -> None:
     """It may show others something else, and this one may have no end: nothing is read from it."""
     found = await verified_after(own_database_url, *(statement.format(name) for statement in VIEW))

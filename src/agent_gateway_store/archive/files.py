@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from agent_gateway_store.archive.manifest import Entry, Manifest, runs_of, sha256_of
 from agent_gateway_store.errors import ArchiveError, StoreUnavailableError
 from agent_gateway_store.models.audit import AuditEvent
+from agent_gateway_store.models.evidence import leaf_hash
 from agent_gateway_store.results.arrow import arrow
 from agent_gateway_store.results.cells import Column, columns_of
 from agent_gateway_store.storage.arrow import by_day
@@ -38,8 +39,28 @@ _GROUP_ROWS = 10_000
 _SALT_BYTES = 16
 
 
+def said_of_unhashed(salt: str, leaf: str) -> str | None:
+    """Say of an event that does not fit its leaf that it was sealed without a hash, which counts as zeros there."""
+    try:
+        is_unhashed = leaf_hash(bytes.fromhex(salt), bytes(32)).hex() == leaf
+    except (TypeError, ValueError):
+        # A file can be made to hold something else.
+        return None
+    if not is_unhashed:
+        return None
+    return (
+        "The event had no valid content_hash when it was sealed: it was not written by this package, or was changed "
+        "before it was sealed."
+    )
+
+
 def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) -> list[Entry]:
-    """Write events, which are in the order of time, to one file for each day; return what the manifest must say."""
+    """Write events, which are in the order of time, to one file for each day; return what the manifest must say.
+
+    Raises:
+        ArchiveError: What is read back is not what was written.
+        OSError: The folder cannot be written.
+    """
     entries = [write_day(manifest, day, rows, checkpoint) for day, rows in by_day(table, "timestamp")]
     sync(manifest.folder)
     return entries
@@ -48,7 +69,7 @@ def write_events(manifest: Manifest, table: pa.Table, checkpoint: str | None) ->
 def write_day(
     manifest: Manifest, day: str, table: pa.Table, checkpoint: str | None, *, replaces: str | None = None
 ) -> Entry:
-    """Write the events of one day to a file; ArchiveError where it does not read back so."""
+    """Write the events of one day to a file; errors as of `write_events`."""
     from pyarrow import parquet
 
     positions = table.column("position").to_pylist()

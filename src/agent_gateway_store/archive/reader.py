@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 from uuid import UUID
 
 from agent_gateway_store._text import code_text, describe
-from agent_gateway_store.archive.files import EVENT_COLUMNS, NAMES, require_intact
+from agent_gateway_store.archive.files import EVENT_COLUMNS, NAMES, require_intact, said_of_unhashed
 from agent_gateway_store.archive.footer import BATCH_ROWS, Footer, require_columns
 from agent_gateway_store.archive.manifest import Entry, Manifest, Positions, files_of, runs_of
 from agent_gateway_store.audit.document import hash_of_stored
@@ -116,10 +116,14 @@ class Archive:
     def batches(
         self, filters: Mapping[str, Any], columns: Sequence[str], keep: Any = None, *, skips: bool = True
     ) -> Iterator[tuple[Entry, pa.RecordBatch]]:
-        """Yield the rows that match `filters`, and `keep`, a condition of pyarrow, with these columns, each event once.
+        """Yield the rows that match, with these columns, each event once.
 
-        Without `skips` each row is looked at, whatever days, positions and statistics say, and the copies of an event
-        come as well: for what must miss none.
+        Args:
+            filters: As of `events`.
+            columns: Their names.
+            keep: One more condition of pyarrow.
+            skips: False looks at each row, whatever days, positions and statistics say, and yields the copies of an
+                event as well: for what must miss none.
         """
         arrow("Reading an archive")
         found = criteria(filters, org_id=None)
@@ -224,7 +228,9 @@ class ArchiveWalk:
                 if (found := checked_row(row)) is None:
                     altered += 1
                     if altered <= _MOST_FINDINGS:
-                        text = "The archived event, or its leaf, is not what was sealed."
+                        text = said_of_unhashed(*row[-2:]) or (
+                            "The archived event, or its leaf, is not what was sealed."
+                        )
                         self._note(FindingKind.ALTERED, text, position=row[-3], event_id=row[0], request_id=row[1])
                     continue
                 fitting.append(found)

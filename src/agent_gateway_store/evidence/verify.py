@@ -97,8 +97,15 @@ _BEYOND = Statement(
 
 
 _OURS = {sql for name in append_only.TABLES for sql in append_only.triggers("sqlite", name).values()}
-# SQLite keeps the text of a trigger alone. One that is spelled in any other way may run before INSERT.
-_NOT_BEFORE_INSERT = re.compile(r"CREATE TRIGGER \w+ (AFTER INSERT|((BEFORE|AFTER) )?(UPDATE|DELETE)) ", re.IGNORECASE)
+# SQLite keeps the text of a trigger alone. One that is spelled otherwise runs before INSERT, or may do so. What is a
+# space or a comment is said as SQLite does, and matches in one way: no name and no body may pass for what follows it.
+_GAP = r"(?:[ \t\n\f\r]|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)"
+_QUOTED = r"""(?:"(?:[^"]|"")*"|`(?:[^`]|``)*`|'(?:[^']|'')*'|\[[^]]*\])"""
+_NOT_BEFORE_INSERT = re.compile(
+    rf"CREATE TRIGGER (?:[\w$]+{_GAP}|{_QUOTED}){_GAP}*"
+    rf"(?:AFTER{_GAP}+INSERT|(?:(?:BEFORE|AFTER){_GAP}+)?(?:UPDATE|DELETE)){_GAP}",
+    re.IGNORECASE,
+)
 _STRANGE = Statement(
     lambda dialect: typed_text(
         append_only.STRANGE_ON_POSTGRES if dialect == "postgresql" else append_only.STRANGE_ON_SQLITE, {}

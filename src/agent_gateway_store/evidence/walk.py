@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from agent_gateway_store.archive.files import said_of_unhashed
 from agent_gateway_store.archive.manifest import Positions
 from agent_gateway_store.audit.document import COLUMNS, hash_of_stored
 from agent_gateway_store.audit.doors import ERASE
@@ -234,8 +235,8 @@ class LogWalk:
             self.note(FindingKind.TRUNCATED, text, position=self.tree.size)
         for found in self._mismatches:
             owner = next((each for each in self._mismatches if each is not found and _fits(found.content, each)), None)
-            kind = FindingKind.ALTERED
-            text = "The event, or its leaf, is not what was sealed, or the event had no valid content_hash then."
+            kind, unhashed = FindingKind.ALTERED, said_of_unhashed((found.salt or b"").hex(), found.leaf.hex())
+            text = unhashed or "The event, or its leaf, is not what was sealed."
             if owner is not None:
                 kind, text = FindingKind.MOVED, f"The event was sealed at {owner.position:,}."
             self.note(kind, text, position=found.position, event_id=found.event_id, request_id=found.request_id)

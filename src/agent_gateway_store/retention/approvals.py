@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from pydantic_core import to_jsonable_python
 from sqlalchemy import BigInteger, ColumnElement, Table, and_, delete, exists, false, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from agent_gateway_store.archive.files import write_approvals
+from agent_gateway_store.archive.files import read_approvals, write_approvals
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.audit.doors import PRUNE_APPROVALS, write_door
 from agent_gateway_store.audit.selects import table as events
@@ -23,6 +25,7 @@ from agent_gateway_store.retention.holds import lock_holds, require_archive
 from agent_gateway_store.retention.ownership import open_own_archive
 from agent_gateway_store.storage.arrow import in_thread
 from agent_gateway_store.storage.database import Database
+from agent_gateway_store.storage.db_clock import db_now
 from agent_gateway_store.storage.errors import retry_conflicts
 from agent_gateway_store.storage.exclusive import StillHeld
 from agent_gateway_store.storage.statements import Statement, is_one_of
@@ -41,7 +44,12 @@ _SECRET = ("token", "acquire_key")
 
 
 class ApprovalPruner:
-    """Prunes one batch after the other; its user holds the lock of retention. Without `archive` it discards."""
+    """Prunes one batch after the other; its user holds the lock of retention.
+
+    Args:
+        before: Approvals that ended from this time on stay; not in the future.
+        archive: The folder; None discards.
+    """
 
     def __init__(
         self, database: Database, *, by: str, environment: str, before: datetime, archive: Path | None
@@ -55,10 +63,31 @@ class ApprovalPruner:
         async with self._database.write() as connection:
             await connection.execute(delete(_approvals).where(false()))
 
-    async def start(self) -> None:
-        """Make the archive, or remove what a killed run has left in it."""
-        if self._manifest is not None:
-            await open_own_archive(self._database, self._manifest)
+    async def start(self, still_locked: StillHeld) -> PrunedApprovals:
+        """Make the archive, or remove what a killed run has left in it; delete what that run has archived last."""
+        if (manifest := self._manifest) is None:
+            return PrunedApprovals()
+        await open_own_archive(self._database, manifest)
+        finished = PrunedApprovals()
+        for entry in reversed(manifest.of_kind("approvals")):
+            records = await in_thread(partial(read_approvals, manifest, entry))
+            archived = {UUID(record["approval"]["approval_id"]): record for record in records}
+            async with self._database.read() as connection:
+                left = select(_approvals).where(_approvals.c.approval_id.in_(archived), _is_over(db_now()))
+                found = {row["approval_id"]: _plain(row) for row in await Statement(left).rows(connection, {})}
+                votes = await _of(connection, _votes, list(found))
+            # After a restore, another decision may have been made since.
+            ids = [
+                each
+                for each, row in found.items()
+                if archived[each]["approval"].items() <= row.items() and archived[each]["votes"] == votes.get(each, [])
+            ]
+            if ids:
+                finished += await self._delete(ids, 0, still_locked)
+            # A file that takes the place of another one was written by an erasure.
+            if entry.replaces is None:
+                break
+        return finished
 
     async def step(self, still_locked: StillHeld) -> PrunedApprovals:
         """Prune one batch; of none approvals at the end."""

@@ -5,6 +5,7 @@ The leaf stays, so the log verifies: an event that says what is left of the eras
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,9 @@ _approvals = ApprovalRequest.__table__
 _votes = ApprovalVote.__table__
 _notices = NotificationDelivery.__table__
 
+# Chosen: readers of a page or a list are gone in less than 10 s.
+_WAL_TRIES = 50
+_WAL_PAUSE_S = 0.2
 _BLANKED = (*BLANK_TEXTS, "request_id", "content_hash", "salt")
 _BY_REQUEST = Statement(
     lambda dialect: archived_columns(dialect).where(table.c.request_id == bindparam("p_request_id"))
@@ -95,7 +99,12 @@ class _Touched(NamedTuple):
 
 
 class Eraser:
-    """Erases one request; its user holds the lock of retention. `forget` is that of `RetentionManager`."""
+    """Erases one request; its user holds the lock of retention.
+
+    Args:
+        forget: Deletes the Redis entries of approvals; False where Redis does not answer.
+        archive: Where pruned events are; None: only the table is looked at.
+    """
 
     def __init__(
         self,
@@ -167,11 +176,20 @@ class Eraser:
     async def _empty_wal(self, erased_id: str) -> None:
         """Bring SQLite's write-ahead log, which holds what was erased, into the file, and empty it."""
         async with self._database.raw_connection() as driver:
-            [(is_busy, *_)] = await driver.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
-        if is_busy:
-            raise StoreUnavailableError(
-                f"Somebody reads the database as it was before: end that, and erase {code_text(erased_id)} again."
-            )
+            [(timeout_ms,)] = await driver.execute_fetchall("PRAGMA busy_timeout")
+            # While SQLite itself waits for readers, nobody can write.
+            await driver.execute_fetchall("PRAGMA busy_timeout = 0")
+            try:
+                for _ in range(_WAL_TRIES):
+                    [(is_busy, *_)] = await driver.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+                    if not is_busy:
+                        return
+                    await asyncio.sleep(_WAL_PAUSE_S)
+            finally:
+                await driver.execute_fetchall(f"PRAGMA busy_timeout = {timeout_ms}")
+        raise StoreUnavailableError(
+            f"Somebody reads the database as it was before: end that, and erase {code_text(erased_id)} again."
+        )
 
     async def _targets(self, request_id: str) -> list[_Target]:
         async with self._database.connection("read") as connection:

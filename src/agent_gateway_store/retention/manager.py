@@ -275,8 +275,7 @@ class RetentionManager:
         """Take approvals that are over out of the table, with votes and delivered notices.
 
         One that an event in the table cites stays, so it goes after its event, and never while that is held. In the
-        archive they are lines of JSON. Killed anywhere, every approval is in the table or in the archive; the next run
-        may archive some of them once more.
+        archive they are lines of JSON. Killed anywhere, every approval is in the table or in the archive.
 
         Args:
             before: Approvals that ended from this time on stay: a datetime, or how long ago ("365d").
@@ -297,9 +296,8 @@ class RetentionManager:
         folder = None if archive is None else Path(archive)
         pruner = ApprovalPruner(self._database, by=by, environment=self._environment, before=end, archive=folder)
         await pruner.require_rights()
-        async with self._writing(folder):
-            await pruner.start()
-        total = PrunedApprovals()
+        async with self._writing(folder) as still_locked:
+            total = await pruner.start(still_locked)
         while True:
             async with self._writing(folder) as still_locked:
                 step = await pruner.step(still_locked)
