@@ -20,7 +20,7 @@ from agent_gateway_store.archive.files import NAMES, Record, read_approvals, rew
 from agent_gateway_store.archive.manifest import Manifest
 from agent_gateway_store.archive.reader import Archive, rows_of, stored_form
 from agent_gateway_store.audit.backends import json_texts
-from agent_gateway_store.audit.doors import ERASE, is_door, names_door
+from agent_gateway_store.audit.doors import ERASE, is_door, names_door, write_door
 from agent_gateway_store.audit.erased import BLANK, BLANK_APPROVAL, BLANK_TEXTS, blank_hash, blank_row
 from agent_gateway_store.audit.selects import table
 from agent_gateway_store.encoding.sanitize import storable_key
@@ -267,11 +267,10 @@ class Eraser:
                 "approvals": approvals,
                 "archived": target.archived,
             }
-            await seal_door(
-                self._database,
-                self._sealer,
-                ERASE,
-                facts,
+            event = partial(
+                write_door,
+                tool=ERASE,
+                facts=facts,
                 by=by,
                 environment=self._environment,
                 why="An operator erased an event.",
@@ -279,6 +278,7 @@ class Eraser:
                 # So that what arrives later under the id of an event that only the archive holds is known.
                 request_id=None if in_table or len(done) > 1 else blank_row(target.values)["request_id"],
             )
+            await seal_door(self._database, self._sealer, event)
 
     @retry_conflicts
     async def _blank(self, touched: _Touched, approvals: Sequence[UUID], still_locked: StillHeld) -> int:

@@ -7,8 +7,9 @@ moment an event is in the table or in the archive, and no row is missing without
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -290,8 +291,9 @@ class Pruner:
             "before": self._before.isoformat(),
             "archived": self._manifest is not None,
         }
-        said = {"by": self._by, "environment": self._environment, "why": "Events older than the retention were pruned."}
-        await seal_door(self._database, self._sealer, PRUNE, facts, **said)
+        why = "Events older than the retention were pruned."
+        event = partial(write_door, tool=PRUNE, facts=facts, by=self._by, environment=self._environment, why=why)
+        await seal_door(self._database, self._sealer, event)
 
     @retry_conflicts
     async def _delete(self, ids: Sequence[int], transaction_ids: Sequence[int | None]) -> None:
@@ -324,13 +326,15 @@ def _larger(dialect: str, column: Any, value: int) -> ColumnElement[int]:
     return func.greatest(*both) if dialect == "postgresql" else func.max(*both)
 
 
-async def seal_door(database: Database, sealer: Sealer, door: str, facts: Mapping[str, Any], **said: Any) -> None:
-    """Write the event of a door, as `write_door` does, and seal it; LogMismatchError where it could not be sealed."""
+async def seal_door(
+    database: Database, sealer: Sealer, write_event: Callable[[AsyncConnection], Awaitable[int]]
+) -> None:
+    """Commit what `write_event` writes, whose id it returns, and seal it; LogMismatchError where that fails."""
 
     @retry_conflicts
     async def write() -> int:
         async with database.write() as connection:
-            return await write_door(connection, door, facts, **said)
+            return await write_event(connection)
 
     event_id = await write()
     # The second time by comparing everything: ids of transactions are given out again after a crash of the server.
