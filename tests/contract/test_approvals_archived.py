@@ -10,6 +10,7 @@ import pytest
 from contract_helpers import WITH_REDIS, store_sealed_by_hand, until
 from delivery_helpers import Post, raising
 from erasure_helpers import BEFORE, MARK, KilledError, everything, killed, secret_call, secret_event, settle
+from sqlalchemy import text
 
 from agent_gateway_store import GatewayStore, StoreSettings, clock
 from agent_gateway_store.archive import Archive
@@ -111,3 +112,27 @@ async def test_what_two_killed_runs_have_archived_is_there_once(
     files = [path.read_text() for path in (tmp_path / "a").glob("approvals-*.jsonl")]
     archived = [json.loads(line)["approval"]["request_id"] for text in files for line in text.splitlines()]
     assert sorted(archived) == ["r-1", "r-2"]
+
+
+async def test_an_approval_that_ended_otherwise_after_a_restore_is_archived_as_it_is(
+    store: GatewayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive holds how it ended before; its id alone does not say that it holds this one."""
+    token = await store.approvals.issue_token(make_request(request_id="r-1"))
+    denied = await store.approvals.deny(token, "alice", "before")
+    clock.move(timedelta(days=200))
+    with monkeypatch.context() as patch:
+        patch.setattr(approvals, "write_door", killed)
+        with pytest.raises(KilledError):
+            await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
+    own = {"id": denied.approval_id.hex if store.database.dialect == "sqlite" else denied.approval_id}
+    async with store.database.write() as connection:
+        after = text("UPDATE approval_votes SET note = 'after' WHERE approval_id = :id")
+        assert (await connection.execute(after, own)).rowcount == 1
+
+    pruned = await store.retention.prune_approvals("190d", by="ops", archive=tmp_path / "a")
+
+    assert pruned.approvals == 1
+    files = [path.read_text() for path in (tmp_path / "a").glob("approvals-*.jsonl")]
+    votes = [vote["note"] for lines in files for line in lines.splitlines() for vote in json.loads(line)["votes"]]
+    assert sorted(votes) == ["after", "before"]

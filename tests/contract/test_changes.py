@@ -56,7 +56,6 @@ async def test_what_commits_late_is_not_missed(store: GatewayStore) -> None:
     assert (list(fourth), bool(fourth.next_cursor)) == ([], True)
 
 
-@POSTGRES
 async def test_changes_can_be_narrowed_by_time(store: GatewayStore) -> None:
     """`since` and `until` are those of the events, from the beginning and from a cursor."""
     bounds: dict[str, Any] = {"since": datetime(2000, 1, 1, tzinfo=UTC), "until": datetime(2100, 1, 1, tzinfo=UTC)}

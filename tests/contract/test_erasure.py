@@ -36,7 +36,6 @@ from servers import RedisServer
 from tampering import tamper
 
 # What differs on SQLite stands in `test_erasure_kills.py`.
-pytestmark = POSTGRES
 
 
 @pytest.fixture
@@ -47,6 +46,7 @@ async def store(database_url: str, redis_setting: str) -> AsyncIterator[GatewayS
         yield opened
 
 
+@POSTGRES
 @WITH_REDIS
 @pytest.mark.parametrize("archived", [False, True], ids=["table", "archive"])
 async def test_nothing_is_left_by_which_it_could_be_guessed(
@@ -80,6 +80,7 @@ async def test_nothing_is_left_by_which_it_could_be_guessed(
         assert len(list(folder.rglob("*.parquet"))) == 1
 
 
+@POSTGRES
 async def test_the_log_says_who_erased_what_and_why(store: GatewayStore) -> None:
     """The event holds nothing of the erased one; a second call finds nothing left to do."""
     await store.audit.write_many([secret_event(), make_event()])
@@ -95,6 +96,7 @@ async def test_the_log_says_who_erased_what_and_why(store: GatewayStore) -> None
         await store.retention.erase("r-1", reason="", by="dpo")
 
 
+@POSTGRES
 async def test_a_blanked_event_without_a_sealed_erasure_is_found(store: GatewayStore, tmp_path: Path) -> None:
     """Whoever blanks a row past the store is found, also one who changes what is left of an erased one."""
     await store.audit.write_many([secret_event(), make_event(request_id="r-2")])
@@ -131,6 +133,7 @@ async def test_what_arrives_later_under_the_id_is_kept_blanked(
     assert (await store.evidence.verify(archive=tmp_path / "a" if archived else None)).ok
 
 
+@POSTGRES
 async def test_an_id_that_holds_a_hash_is_replaced(store: GatewayStore) -> None:
     """As of an event that came second under a used id, however long: its id would let the event be guessed."""
     for request_id in ("r-1", "y" * 460, "y" * 513):
@@ -153,6 +156,7 @@ async def test_an_id_that_holds_a_hash_is_replaced(store: GatewayStore) -> None:
     assert (await store.evidence.verify()).erased == 12
 
 
+@POSTGRES
 @WITH_REDIS
 @pytest.mark.parametrize("archived", [False, True], ids=["table", "archive"])
 async def test_an_id_that_only_looks_as_if_it_held_a_hash_is_kept(
@@ -197,6 +201,7 @@ async def test_held_and_open_things_are_not_erased(store: GatewayStore, tmp_path
     assert len([e async for e in store.audit.stream(tool_name="audit.erase")]) == 0
 
 
+@POSTGRES
 async def test_archived_calls_of_a_held_approval_are_not_erased(store: GatewayStore, tmp_path: Path) -> None:
     """A hold may name the approval, one or several."""
     ids = [uuid4(), uuid4()]
@@ -210,6 +215,7 @@ async def test_archived_calls_of_a_held_approval_are_not_erased(store: GatewaySt
     assert [event.sanitized_args for event in Archive(tmp_path / "a").events()] == [{"path": MARK}] * 2
 
 
+@POSTGRES
 async def test_a_store_of_one_organisation_is_not_told_the_names_of_holds(store: GatewayStore, tmp_path: Path) -> None:
     """It is told that there is one, in the table and in the archive, and lists none; the others are told which."""
     await store.audit.write_many([secret_event(org_id="acme"), make_event(timestamp=OLD), make_event()])
@@ -227,6 +233,7 @@ async def test_a_store_of_one_organisation_is_not_told_the_names_of_holds(store:
         await store.for_org("acme").retention.holds()
 
 
+@POSTGRES
 async def test_an_erased_event_is_archived_as_that(store: GatewayStore, tmp_path: Path) -> None:
     """What was blanked in the table and goes to an archive later is no forgery there."""
     await settle(store)
@@ -237,6 +244,7 @@ async def test_an_erased_event_is_archived_as_that(store: GatewayStore, tmp_path
     assert Archive(tmp_path / "a").verify().ok
 
 
+@POSTGRES
 async def test_deadlines_and_the_floor_are_those_of_the_database_clock(
     store: GatewayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +271,7 @@ async def test_deadlines_and_the_floor_are_those_of_the_database_clock(
         await store.retention.erase("r-2", reason="r", by="dpo")
 
 
+@POSTGRES
 async def test_an_organisation_erases_its_own(store: GatewayStore) -> None:
     """The same id in two organisations: the unbound store asks for one of them."""
     for org_id in ("acme", "globex"):
@@ -274,6 +283,7 @@ async def test_an_organisation_erases_its_own(store: GatewayStore) -> None:
     assert kept == {"acme": {}, "globex": {"path": MARK}}
 
 
+@POSTGRES
 async def test_find_names_what_a_request_is_about(store: GatewayStore, tmp_path: Path) -> None:
     """By caller, by a text anywhere; in tables and archive, approvals included."""
     await settle(store)
@@ -292,6 +302,7 @@ async def test_find_names_what_a_request_is_about(store: GatewayStore, tmp_path:
         await store.retention.find()
 
 
+@POSTGRES
 @WITH_REDIS
 @pytest.mark.parametrize("decodes", [False, True], ids=["bytes", "text"])
 async def test_an_entry_is_found_that_no_other_entry_leads_to(
@@ -320,6 +331,7 @@ async def test_an_entry_is_found_that_no_other_entry_leads_to(
         assert await client.exists("approval:other", b"approval:\xff") == 2
 
 
+@POSTGRES
 async def test_an_erasure_waits_for_redis_and_is_not_held_up_by_large_entries(store: GatewayStore) -> None:
     """Nothing is said while it is away. It may hold more than it could send in time, or at all."""
     token = await store.approvals.issue_token(make_request(request_id="r-1", tool_call=secret_call()))
@@ -342,6 +354,7 @@ async def test_an_erasure_waits_for_redis_and_is_not_held_up_by_large_entries(st
             assert sorted(await client.keys("approval*")) == sorted(f"approval:{n}".encode() for n in range(8))
 
 
+@POSTGRES
 @WITH_REDIS
 async def test_what_is_cached_while_it_is_erased_goes_too(
     store: GatewayStore, database_url: str, redis_setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -383,7 +383,6 @@ class TestTampering:
         assert len(await selected(store, LEAVES)) == 270
 
 
-@POSTGRES
 async def test_a_recorded_call_proves_its_approval(sealing: GatewayStore) -> None:
     """`audit.call` puts the hash of the approval and its votes into the event; a changed vote is seen."""
     caller = CALLER.model_copy(update={"org_id": "default"})

@@ -94,7 +94,7 @@ async def test_a_decision_is_never_made_up(store: GatewayStore, field: str) -> N
 @cases("kind", [Nanoseconds, UnreadableTime])
 async def test_a_time_is_kept_to_the_microsecond(store: GatewayStore, kind: type[datetime]) -> None:
     """Whatever a subclass of datetime makes of it, so that an export can be read back."""
-    await store.audit.write(make_event(timestamp=kind(2026, 1, 2, tzinfo=UTC)))
+    assert await store.audit.write(make_event(timestamp=kind(2026, 1, 2, tzinfo=UTC))) == "STORED"
 
     (found,) = await store.audit.list_recent(1)
     assert (type(found.timestamp), found.timestamp) == (datetime, datetime(2026, 1, 2, tzinfo=UTC))

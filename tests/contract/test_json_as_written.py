@@ -99,7 +99,7 @@ async def test_archived_json_in_other_words_is_seen(store: GatewayStore, tmp_pat
     await store.retention.prune(OLD + timedelta(days=1), by="ops", archive=folder)
     await store.evidence.seal()
     assert (await store.evidence.verify(archive=folder)).ok
-    for written in IN_OTHER_WORDS[::2]:
+    for written in IN_OTHER_WORDS:
         save(folder, [rewritten(folder, each, with_column("sanitized_args", [written])) for each in entries_of(folder)])
         for found in (await store.evidence.verify(archive=folder), Archive(folder).verify()):
             assert [each.kind for each in found.findings] == [FindingKind.ALTERED], written

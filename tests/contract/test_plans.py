@@ -47,6 +47,7 @@ class Size(NamedTuple):
 
 # Large enough for an index to be worth it; filled and analysed in a few seconds.
 SHORT = Size(20_000, 10_000, 20_000)
+_LONG = Size(300_000, 50_000, 100_000)
 
 
 def filling(size: Size) -> list[str]:
@@ -120,7 +121,7 @@ async def fill_up(url: str, size: Size | None, *, is_analysed: bool) -> None:
 def histories(lasting_postgres_database: Callable[[], str]) -> Callable[[str], str]:
     @cache
     def fill(kind: str) -> str:
-        url, size = lasting_postgres_database(), None if kind == "empty" else SHORT
+        url, size = lasting_postgres_database(), None if kind == "empty" else _LONG if "long" in kind else SHORT
         run(fill_up(url, size, is_analysed=kind.startswith("analysed")))
         return url
 
@@ -132,6 +133,8 @@ def histories(lasting_postgres_database: Callable[[], str]) -> Callable[[str], s
         "empty",
         "analysed",
         "never analysed",
+        pytest.param("analysed, long", marks=pytest.mark.slow),
+        pytest.param("never analysed, long", marks=pytest.mark.slow),
     ]
 )
 def filled(

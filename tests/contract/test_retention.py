@@ -34,7 +34,6 @@ NEW = BEFORE + timedelta(days=1)
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of 7 events, of which one DELETE takes 3."""
     monkeypatch.setattr(prune, "_BATCH_ROWS", 7)
     monkeypatch.setattr(prune, "DELETE_ROWS", {"postgresql": 3, "sqlite": 3})
 
@@ -56,7 +55,6 @@ async def doors(store: GatewayStore, tool: str) -> list[AuditEvent]:
 
 @pytest.mark.usefixtures("small_batches")
 async def test_old_events_move_to_the_archive_and_the_log_verifies(store: GatewayStore, tmp_path: Path) -> None:
-    """By day, equal to what they were, each once; what is younger stays."""
     await store.audit.write_many([*old_events(20), make_event(request_id="new", timestamp=NEW)])
     before = {event.request_id: event async for event in store.audit.stream()}
 
@@ -78,7 +76,6 @@ async def test_old_events_move_to_the_archive_and_the_log_verifies(store: Gatewa
 
 @POSTGRES
 async def test_each_door_writes_an_event(store: GatewayStore, tmp_path: Path) -> None:
-    """Who asked, why, and which positions; no later prune takes these events."""
     await store.audit.write_many(old_events(3))
     await store.audit.write(make_event(timestamp=NEW))
     await store.retention.hold("case-7", reason="a lawsuit", by="counsel", session_id="none")
@@ -217,7 +214,6 @@ async def _hold_and_prune(folder: Path, template: Path, rows: list[Any], holds: 
 @POSTGRES
 @pytest.mark.usefixtures("small_batches")
 async def test_a_prune_whose_time_is_up_says_what_remains(store: GatewayStore, tmp_path: Path) -> None:
-    """It ends between two batches, and the next one goes on."""
     await store.audit.write_many([*old_events(20), make_event(timestamp=NEW)])
     assert (await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a", max_seconds=0)).remaining == 20
     seen: list[int] = []
@@ -256,7 +252,6 @@ class TestFollowers:
     """A reader of changes misses nothing that it had not read: it is told, or goes on."""
 
     async def test_one_that_has_read_it_all_goes_on(self, store: GatewayStore, tmp_path: Path) -> None:
-        """Also where the event that its cursor is marked by was pruned."""
         await store.audit.write_many(old_events(10))
         page = await store.audit.changes("beginning", limit=100)
         assert len(page) == 10
@@ -266,7 +261,6 @@ class TestFollowers:
         assert [e.request_id for e in again if e.mcp_server != "gateway-store"] == ["new"]
 
     async def test_one_behind_is_told_where_the_events_are(self, store: GatewayStore, tmp_path: Path) -> None:
-        """Before its first page, and in the middle."""
         begin = await store.audit.changes("now")
         await store.audit.write_many(old_events(10))
         middle = await store.audit.changes("beginning", limit=4)
@@ -279,7 +273,6 @@ class TestFollowers:
             assert raised.value.archive == str(tmp_path / "a")
 
     async def test_one_that_begins_after_a_prune_reads_what_is_left(self, store: GatewayStore) -> None:
-        """Page by page, with held events far behind what was pruned."""
         await store.audit.write_many(old_events(10, session_id="s")[:2])
         await store.audit.write_many(old_events(10)[2:])
         await store.audit.write(make_event(request_id="new", timestamp=NEW))
@@ -328,7 +321,6 @@ class TestArchiveFolder:
 
     @pytest.fixture
     async def archive(self, store: GatewayStore, tmp_path: Path) -> Path:
-        """An archive of two files."""
         await store.audit.write_many([*old_events(6), make_event(timestamp=NEW)])
         await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "archive")
         return tmp_path / "archive"
@@ -347,7 +339,6 @@ class TestArchiveFolder:
         assert Archive(archive).verify().ok
 
     async def test_what_is_missing_is_found_by_the_log(self, store: GatewayStore, archive: Path) -> None:
-        """A line of the manifest that is gone leaves an archive that agrees with itself."""
         lines = (archive / "manifest.jsonl").read_text().splitlines(keepends=True)
         (archive / "manifest.jsonl").write_text("".join(lines[1:]))
         assert Archive(archive).verify().ok
@@ -371,14 +362,12 @@ class TestArchiveFolder:
         assert Archive(archive).verify().events == 6
 
     async def test_a_folder_of_other_things_is_no_archive(self, store: GatewayStore, tmp_path: Path) -> None:
-        """Nothing is written there."""
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "thesis.tex").write_text("!")
         with pytest.raises(ArchiveError, match="not empty"):
             await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "full")
 
     async def test_filters_mean_what_they_mean_in_a_search(self, store: GatewayStore, tmp_path: Path) -> None:
-        """The same events, as events and as a table."""
         rows: list[dict[str, Any]] = [
             {"caller_id": "a", "session_id": "s", "risk_labels": ["pii", 'a"b'], "risk_score": 0.9},
             {"caller_id": "b", "decision": "DENY", "tool_name": "50%_off", "risk_labels": ["x"]},

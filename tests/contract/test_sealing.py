@@ -53,7 +53,7 @@ async def test_eight_sealers_at_once_leave_one_log(store: GatewayStore, database
 
 
 async def test_an_event_without_a_hash_keeps_nobody_waiting(store: GatewayStore, tmp_path: Path) -> None:
-    """Somebody wrote it past the store: it is sealed with the others, and found."""
+    """Somebody wrote it past the store: it is sealed with the others, found, and told from one that was changed."""
     await store.audit.write_many([make_event(request_id=f"r-{n}", timestamp=OLD) for n in range(4)])
     await tamper(
         store.database.engine,
@@ -69,6 +69,8 @@ async def test_an_event_without_a_hash_keeps_nobody_waiting(store: GatewayStore,
     for found in (in_table, Archive(tmp_path / "archive").verify()):
         assert [(each.kind, each.request_id) for each in found.findings] == [
             (FindingKind.ALTERED, f"r-{n}") for n in range(3)]  # fmt: skip
+        is_unhashed = ["had no valid content_hash when it was sealed" in each.text for each in found.findings]
+        assert is_unhashed == [True, True, False]
 
 
 @ON_POSTGRES

@@ -19,9 +19,9 @@ import agent_gateway_store.audit.backends as backends_module
 import agent_gateway_store.audit.spool as spool_module
 import servers
 from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
-from agent_gateway_store.audit.record import encode_event, to_values
+from agent_gateway_store.audit.record import REUSED_LABEL, encode_event, to_values
 from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError
-from builders import make_event
+from builders import make_event, rehash
 from proofs.harness import (
     AWAY_S,
     SPOOLING,
@@ -249,6 +249,24 @@ async def test_a_poison_row_holds_up_no_other(place: Place, path: Path) -> None:
         assert (len(await stored_ids(store)), store.audit.counters.replayed) == (29, 0)
     assert spooled_ids(path, poisoned=True) == [events[0].request_id, events[13].request_id]
     assert spooled_ids(path) == []
+
+
+async def test_ids_used_meanwhile_hide_no_spooled_event(place: Place) -> None:
+    """What waited finds its id taken by another event: it is kept beside it; what was there already is not doubled."""
+    first, other = make_event(request_id="used"), make_event(request_id="used", tool_name="other")
+    async with GatewayStore(place.url, redis_url="") as store:
+        assert await store.audit.write(first) is STORED
+        await place.go_away()
+        assert [await store.audit.write(event) for event in (other, first, other)] == [SPOOLED] * 3
+        await place.come_back()
+        await eventually(lambda: spool_is_empty(store))
+
+        found = await stored_events(store)
+        assert [event.tool_name for event in found] == ["read_file", "other"]
+        assert found[1].request_id.startswith("used~")
+        assert found[1].risk_labels == [REUSED_LABEL]
+        assert all(event.content_hash == rehash(event) for event in found)
+        assert await store.audit.write(other) is DUPLICATE
 
 
 @pytest.mark.parametrize("place", ["sqlite"], indirect=True)

@@ -32,6 +32,7 @@ async def sealed(store: GatewayStore) -> None:
     await store.evidence.seal()
 
 
+LAST = (f"UPDATE audit_checkpoints SET size = {2**63 - 1}",)
 CREATED = "UPDATE audit_checkpoints SET created_at = ", "The checkpoint over 3 events holds no time that can be read."
 
 
@@ -46,11 +47,9 @@ CREATED = "UPDATE audit_checkpoints SET created_at = ", "The checkpoint over 3 e
             FindingKind.ALTERED,
             "is not what was sealed",
         ),
-        (
-            "postgres",
-            f"UPDATE audit_checkpoints SET size = {2**63 - 1}",
-            FindingKind.TRUNCATED,
-            "over 9,223,372,036,854,775,807 events",
+        *(
+            (name, *LAST, FindingKind.TRUNCATED, "over 9,223,372,036,854,775,807 events")
+            for name in ("sqlite", "postgres")
         ),
     ],
     indirect=["database_url"],

@@ -116,6 +116,7 @@ class Round:
         order, stall_after, is_watched = plan
         actors = {
             "reader": Actor(self.store, self.client, lambda it: it.check_token(self.token, fresh=True)),
+            "second reader": Actor(self.store, self.client, lambda it: it.check_token(self.token, fresh=True)),
             "decider": Actor(self.store, self.client, self._decide),
         }
         wrong = []
@@ -209,3 +210,14 @@ async def test_no_order_serves_what_is_too_old(store: GatewayStore, fresh_redis_
     await meet(store, fresh_redis_url, move, plans(every, 1, 2, 3))
 
     assert len(every) == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "move"), EVERY)
+async def test_no_order_of_two_readers_serves_what_is_too_old(
+    store: GatewayStore, fresh_redis_url: str, move: str
+) -> None:
+    every = list(orders("reader", "second reader", "decider"))
+    await meet(store, fresh_redis_url, move, plans(every, 2, 4))
+
+    assert len(every) == 630

@@ -11,6 +11,8 @@ from typing import Any
 import console_helpers
 import pytest
 from console_helpers import Visitor, console, key_of, signed_in, status, waiting
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from agent_gateway_store import GatewayStore, clock
 from agent_gateway_store.console.sessions import COOKIE
@@ -122,6 +124,19 @@ async def test_a_session_lasts_as_long_on_machines_whose_clocks_differ(
         clock.move(timedelta(seconds=40))
 
         assert await status(alice) == 303
+
+
+async def test_the_cookie_cannot_be_read_or_sent_from_elsewhere(url: str) -> None:
+    """HttpOnly and SameSite=Strict always, Secure over TLS; for the path of the console alone."""
+    async with console(url, console_url="https://gateway.example/console") as (store, app):
+        mounted = Starlette(routes=[Mount("/console", app)])
+        visitor = Visitor(mounted, base="/console")
+        answer = await visitor.sign_in(await key_of(store))
+
+    cookie = answer.headers["set-cookie"].lower()
+    for word in ("httponly", "samesite=strict", "secure", "path=/console"):
+        assert word in cookie
+    assert answer.headers["location"] == "/console/approvals"
 
 
 async def test_keys_that_are_sent_at_once_are_refused_like_keys_one_after_another(

@@ -17,8 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from agent_gateway_store import GatewayStore, StoreSettings, WriteOutcome
 from agent_gateway_store.approval import ApprovalManager
 from agent_gateway_store.clock import utc_now
-from agent_gateway_store.errors import AuditUnavailableError, TransactionConflictError
+from agent_gateway_store.errors import AuditUnavailableError, StoreUnavailableError, TransactionConflictError
 from agent_gateway_store.models.retention import PrunedApprovals
+from agent_gateway_store.storage.errors import retry_conflicts, translate_errors
 from builders import CALL, make_event, make_request
 from servers import connected
 
@@ -378,3 +379,21 @@ async def test_an_event_in_the_hosts_transaction_tells_the_host(url: str) -> Non
 
     assert (failed.value.sqlstate, failed.value.in_session) == ("40001", True)
     assert again is WriteOutcome.DUPLICATE
+
+
+async def test_other_errors_are_not_run_again(url: str) -> None:
+    """Only what may succeed the next time."""
+    tries = 0
+
+    @retry_conflicts
+    async def work() -> None:
+        nonlocal tries
+        tries += 1
+        with translate_errors("be written"):
+            async with connected(url) as connection:
+                await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    with pytest.raises(StoreUnavailableError):
+        await work()
+
+    assert tries == 1

@@ -6,7 +6,9 @@ import asyncio
 import os
 import re
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +205,13 @@ def downgrade():
 '''
 
 
+@pytest.mark.parametrize("from_empty", [True, False])
 async def test_a_migration_that_fails_leaves_nothing_behind(
-    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, from_empty: bool
 ) -> None:
     """Neither of the step that failed nor, from an empty database, of the steps before it."""
+    if not from_empty:
+        await migrate.upgrade(engine)
     before = await tables(engine)
     scripts = tmp_path / "scripts"
     shutil.copytree(migrate.migrations_path(), scripts, ignore=shutil.ignore_patterns("__pycache__"))
@@ -322,9 +327,18 @@ async def test_sql_for_postgresql_gives_the_same_schema(postgres_database: Calla
     await engine.dispose()
 
 
-def test_sql_for_sqlite_makes_no_file(tmp_path: Path) -> None:
-    assert "JSONB" not in migrate.sql(f"sqlite:///{tmp_path}/never.db")
+async def test_sql_for_sqlite_gives_the_same_schema(tmp_path: Path) -> None:
+    """The file that the URL names is not even made."""
+    script = migrate.sql(f"sqlite:///{tmp_path}/never.db")
+    with closing(sqlite3.connect(tmp_path / "test.db")) as connection:
+        connection.executescript(script)
+    engine = create_engine(f"sqlite:///{tmp_path}/test.db")
+
+    assert "JSONB" not in script
     assert not (tmp_path / "never.db").exists()
+    await migrate.require_current(engine)
+    assert await migrate.differences(engine) == []
+    await engine.dispose()
 
 
 async def test_a_folder_that_is_missing_is_one_sentence(tmp_path: Path) -> None:

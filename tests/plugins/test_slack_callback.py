@@ -287,6 +287,23 @@ class TestRepeats:
         assert {reply.status for reply in (*together, *later)} == {200}
         assert len(approvals.decisions) == 1
 
+    async def test_memory_is_bounded(
+        self, make: Make, approvals: RecordedApprovals, slack: Slack, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only the latest clicks are kept: the store itself refuses older ones."""
+        monkeypatch.setattr(callback, "REMEMBERED", 10)
+        hook = make()
+        bodies = [click(slack, uuid4()) for _ in range(30)]
+        for body in bodies:
+            await hook.handle(body, signed(body))
+        assert len(approvals.decisions) == 30
+
+        await hook.handle(bodies[20], signed(bodies[20]))
+        assert len(approvals.decisions) == 30, "the oldest of the ten latest was forgotten"
+
+        await hook.handle(bodies[19], signed(bodies[19]))
+        assert len(approvals.decisions) == 31, "more than ten were remembered"
+
 
 def mutated(rng: random.Random, good: bytes) -> tuple[bytes, dict[Any, Any]]:
     """A hostile request: unsigned or wrongly signed, or rightly signed nonsense."""

@@ -107,6 +107,12 @@ def connects() -> Iterator[list[Any]]:
     _SOCKETS.seen = None
 
 
+def test_there_are_200_hostile_urls() -> None:
+    """And no two alike."""
+    hostile = {*ODD_URLS, *LITERALS, *(f"name that leads to {address}" for address in REFUSED)}
+    assert len(hostile) >= 200
+
+
 def allowed_by(policy: AddressPolicy, addresses: Iterable[str]) -> list[str]:
     return [each for each in addresses if policy.allows(ipaddress.ip_address(each))]
 

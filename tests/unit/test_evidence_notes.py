@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_gateway_store.errors import InvalidEvidenceError, MissingExtraError
-from agent_gateway_store.evidence.notes import SigningKey, VerifierKey, checkpoint_note, parse_note
+from agent_gateway_store.evidence.notes import ParsedNote, SigningKey, VerifierKey, checkpoint_note, parse_note
 
 pytestmark = pytest.mark.unit
 
@@ -152,6 +153,13 @@ NO_NOTES = {
 def test_text_that_is_no_note_is_one_error(text: str) -> None:
     with pytest.raises(InvalidEvidenceError):
         parse_note(text)
+
+
+@settings(max_examples=200)
+@given(st.one_of(st.text(), st.text(alphabet=sorted(set(SIGNED)))))
+def test_any_text_is_a_note_or_one_error(text: str) -> None:
+    with contextlib.suppress(InvalidEvidenceError):
+        assert isinstance(parse_note(text), ParsedNote)
 
 
 @settings(max_examples=100)

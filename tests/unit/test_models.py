@@ -282,6 +282,12 @@ def test_every_model_has_a_json_schema(mode: Any) -> None:
         assert set(schema["properties"]) == set(model.model_fields) - (secret if mode == "serialization" else set())
 
 
+def test_values_are_frozen() -> None:
+    """What notifiers and callers are handed cannot be changed."""
+    with pytest.raises(ValidationError):
+        ToolCall(server="s", tool="t").server = "other"  # type: ignore[misc]
+
+
 def test_our_tables_are_not_in_the_global_metadata() -> None:
     """And every constraint and index of theirs has a name."""
     tables = metadata.tables.values()

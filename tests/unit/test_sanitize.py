@@ -269,19 +269,21 @@ def test_scores_become_finite() -> None:
 def test_flags_name_the_place_and_never_the_original() -> None:
     """Every field that was touched is flagged UNSTORABLE; nothing of what was cut or replaced is in a flag."""
     long = SECRET * 20_000
-    record = encode_event(
-        make_event(
-            request_id=f"{SECRET}\0" * 100,
-            tool_name="\ud800",
-            llm_explanation=long,
-            sanitized_args={"a": [f"{SECRET}\0"], "b": {SECRET: b"hunter2"}},
-            risk_labels=["ok", "\0"],
-            risk_score=math.nan,
-            latency_ms=2**63,
-            timestamp=datetime.max,
-            redaction_flags=[RedactionFlag(field="\0", reason="PII")],
-        )
+    made = make_event(
+        request_id=f"{SECRET}\0" * 100,
+        tool_name="\ud800",
+        llm_explanation=long,
+        sanitized_args={"a": [f"{SECRET}\0"], "b": {SECRET: b"hunter2"}},
+        risk_labels=["ok", "\0"],
+        risk_score=math.nan,
+        latency_ms=2**63,
+        timestamp=datetime.max,
+        redaction_flags=[RedactionFlag(field="\0", reason="PII")],
     )
+    before = repr(made)
+    record = encode_event(made)
+    # The event is the caller's.
+    assert repr(made) == before
     row = to_values(record)
     given, *flags = row["redaction_flags"]
 
