@@ -261,6 +261,9 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
+_TWINS: dict[type[Any], type[Any]] = {}
+
+
 def _forwarded(name: str, member: property) -> property:
     def get(self: Any) -> Any:
         value = getattr(self._twin, name)
@@ -282,9 +285,6 @@ def twin_of(cls: type[Any]) -> type[Any]:
             members[name] = _blocking(name, member)
     twin = _TWINS[cls] = type(f"Sync{cls.__name__}", (_Twin,), members)
     return twin
-
-
-_TWINS: dict[type[Any], type[Any]] = {}
 
 
 SyncAuditManager: Any = twin_of(AuditManager)

@@ -297,6 +297,19 @@ class TestIsolation:
         assert broken.error == "its event loop broke: TypeError: 'NoneType' object is not callable"
         assert again.ok
 
+    async def test_process_that_can_start_no_more_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is raised, and the notice arrives once there is a thread for it."""
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with dispatching(Recorder("late")) as dispatcher:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                assert await dispatcher.open() == ()
+                assert not (await dispatcher.deliver("late", make_notice())).ok
+            assert (await dispatcher.deliver("late", make_notice())).ok
+
     async def test_method_that_is_not_async_after_all(self) -> None:
         """A decorated method that returns nothing to await is reported."""
 

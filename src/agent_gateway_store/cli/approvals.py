@@ -24,7 +24,7 @@ from agent_gateway_store.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from agent_gateway_store.models.approval import ApprovalRequest, ApprovalResult
     from agent_gateway_store.store import GatewayStore
@@ -59,7 +59,19 @@ _OPTIONS: dict[str, tuple[str, str]] = {
 }
 
 
-filtered = filter_options(_OPTIONS, "approval", capitals=("status",))
+def _check(filters: dict[str, Any]) -> None:
+    from agent_gateway_store.approval.filters import criteria
+
+    criteria(filters)
+
+
+def _groups() -> Sequence[str]:
+    from agent_gateway_store.approval.reports import GROUPS
+
+    return GROUPS
+
+
+filtered = filter_options(_OPTIONS, _check, capitals=("status",))
 
 
 @app.command("list")
@@ -94,7 +106,7 @@ add_stats(
     app,
     "approvals",
     filtered,
-    groups="approval.reports",
+    groups=_groups,
     help="Count approvals, and how many seconds they waited for a decision (percentiles).",
 )
 add_export(

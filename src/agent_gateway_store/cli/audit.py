@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from functools import wraps
-from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -85,11 +84,11 @@ _SINGLE: dict[str, Any] = {"min_risk_score": float | None, **dict.fromkeys(("sin
 
 
 def filter_options(
-    known: dict[str, tuple[str, str]], package: str, *, capitals: Sequence[str]
+    known: dict[str, tuple[str, str]], check: Callable[[dict[str, Any]], object], *, capitals: Sequence[str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return what gives a command an option for each known filter; its argument `filters` receives those given.
 
-    The package's `criteria` refuses wrong values before the store is opened; values of `capitals` are made capitals.
+    `check` refuses wrong values before the store is opened; values of `capitals` are made capitals.
     """
 
     def filtered(command: Callable[..., None]) -> Callable[..., None]:
@@ -100,7 +99,7 @@ def filter_options(
                 filters[name] = [each.upper() for each in filters[name] or ()]
             filters = {name: value for name, value in filters.items() if value not in (None, [])}
             try:
-                import_module(f"agent_gateway_store.{package}.filters").criteria(filters, org_id=None)
+                check(filters)
             except ValueError as exc:
                 raise typer.BadParameter(str(exc)) from None
             command(*args, filters=filters, **given)
@@ -122,7 +121,13 @@ def filter_options(
     return filtered
 
 
-filtered = filter_options(_OPTIONS, "audit", capitals=("decision", "execution_status", "output_decision"))
+def _check(filters: dict[str, Any]) -> None:
+    from agent_gateway_store.audit.filters import criteria
+
+    criteria(filters, org_id=None)
+
+
+filtered = filter_options(_OPTIONS, _check, capitals=("decision", "execution_status", "output_decision"))
 
 
 def require_none_lost(count: int) -> None:
@@ -254,10 +259,10 @@ def add_stats(
     service: Literal["audit", "approvals"],
     filtered: Callable[[Callable[..., None]], Callable[..., None]],
     *,
-    groups: str,
+    groups: Callable[[], Sequence[str]],
     help: str,  # noqa: A002  as Typer has it
 ) -> None:
-    """Add the command `stats` of a service, with the options of `filtered`, and the GROUPS of the module `groups`."""
+    """Add the command `stats` of a service, with the options of `filtered`; `groups` gives the columns of `--by`."""
 
     @app.command(help=help)
     @filtered
@@ -273,7 +278,7 @@ def add_stats(
         from agent_gateway_store.storage.grouping import grouping
 
         try:
-            grouping(by, bucket, time_zone, import_module(f"agent_gateway_store.{groups}").GROUPS)
+            grouping(by, bucket, time_zone, groups())
         except ValueError as exc:
             raise typer.BadParameter(str(exc)) from None
         options: dict[str, Any] = {"bucket": bucket, "time_zone": time_zone, **filters}
@@ -286,11 +291,17 @@ def add_stats(
         print_page(Page(rows), columns=columns, as_json=json)
 
 
+def _groups() -> Sequence[str]:
+    from agent_gateway_store.audit.selects import GROUPS
+
+    return GROUPS
+
+
 add_stats(
     app,
     "audit",
     filtered,
-    groups="audit.selects",
+    groups=_groups,
     help="Count calls, denials, approvals and errors, with latency percentiles in milliseconds.",
 )
 

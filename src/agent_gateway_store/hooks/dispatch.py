@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from agent_gateway_store._text import escape, plugin_text
+from agent_gateway_store._text import describe, escape, plugin_text
 from agent_gateway_store.errors import DecisionVetoedError
 from agent_gateway_store.hooks.executor import PluginExecutor, PluginFailure, awaited, run_in_thread
 
@@ -134,7 +134,12 @@ class Dispatcher:
     async def _opened(self) -> dict[str, Notifier]:
         if self._notifiers is not None:
             return self._notifiers
-        return await asyncio.wrap_future(run_in_thread(self._collect, name="gateway-store plugins"))
+        try:
+            collected = run_in_thread(self._collect, name="gateway-store plugins")
+        except RuntimeError as exc:
+            logger.warning("Notifiers could not be collected: %s", describe(exc))
+            return {}
+        return await asyncio.wrap_future(collected)
 
     async def _run(self, hook: str, name: str, function: Callable[[], Awaitable[None]]) -> DeliveryReport:
         started = time.monotonic()

@@ -344,7 +344,12 @@ def ask_plugins(asked: Mapping[str, Callable[[], T]], timeout_s: float) -> Itera
     Together they have `timeout_s` seconds. Raises nothing of theirs: a KeyboardInterrupt is one of the caller's thread.
     """
     deadline = time.monotonic() + timeout_s
-    futures = {name: run_in_thread(each, name=f"gateway-store {name}") for name, each in asked.items()}
+    futures: dict[str, Future[T]] = {}
+    for name, function in asked.items():
+        try:
+            futures[name] = run_in_thread(function, name=f"gateway-store {name}")
+        except RuntimeError as exc:
+            yield name, exc
     for name, future in futures.items():
         try:
             error = future.exception(max(0.0, deadline - time.monotonic()))

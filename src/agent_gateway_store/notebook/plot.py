@@ -102,7 +102,13 @@ def timeline(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
 def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     """Draw how often each tool was called and by whom: the 20 busiest tools, the 8 busiest callers and the others.
 
-    Takes what `timeline` takes, or `store.audit.stats(by=("caller_id", "tool_name"))`, and raises what it raises.
+    Args:
+        source: Audit events, `store.audit.stats(by=("caller_id", "tool_name"))`, or a `SyncGatewayStore`.
+        title: In place of the usual one.
+        filters: With a store: what to draw, as for `store.audit.search`.
+
+    Raises:
+        ValueError, TypeError, MissingExtraError: As for `timeline`.
     """
     alt, _ = charts.libraries()
     instead = 'plot.calls(await store.audit.stats(by=("caller_id", "tool_name")))'
@@ -139,7 +145,13 @@ def calls(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
 def risk(source: Any, *, title: str | None = None, **filters: Any) -> Chart:
     """Draw which tools carry which risk labels: a heat map of the number of calls.
 
-    Takes what `timeline` takes, or `store.audit.stats(by=("tool_name", "risk_label"))`, and raises what it raises.
+    Args:
+        source: Audit events, `store.audit.stats(by=("tool_name", "risk_label"))`, or a `SyncGatewayStore`.
+        title: In place of the usual one.
+        filters: With a store: what to draw, as for `store.audit.search`.
+
+    Raises:
+        ValueError, TypeError, MissingExtraError: As for `timeline`.
     """
     alt, _ = charts.libraries()
     instead = 'plot.risk(await store.audit.stats(by=("tool_name", "risk_label")))'
@@ -228,7 +240,15 @@ def latency(source: Any, *, by: str | None = None, title: str | None = None, **f
 
     Events make a histogram of those that ran, with p50, p95 and p99. `Stats`, or events with `by`, make a line for
     each group, the slowest first.
-    With a store the default of `by` is tool_name. Else it takes what `timeline` takes, and raises what it raises.
+
+    Args:
+        source: Audit events, `store.audit.stats(by="tool_name")`, or a `SyncGatewayStore`.
+        by: Column to group events by; with a store the default is tool_name.
+        title: In place of the usual one.
+        filters: With a store: what to draw, as for `store.audit.search`.
+
+    Raises:
+        ValueError, TypeError, MissingExtraError: As for `timeline`.
     """
     instead = 'plot.latency(await store.audit.stats(by="tool_name"))'
     frame = charts.stats_of(source, instead, by=by or "tool_name", **filters)
@@ -251,8 +271,13 @@ def latency(source: Any, *, by: str | None = None, title: str | None = None, **f
 def waiting(source: Any, *, title: str | None = None, status: str | None = None) -> Chart:
     """Draw how long approvals waited for their decision.
 
-    Takes approvals (`store.approvals.list_requests()`), or a `SyncGatewayStore`: its newest 5,000, those of `status` if
-    it is given. Raises what `timeline` raises.
+    Args:
+        source: Approvals (`store.approvals.list_requests()`), or a `SyncGatewayStore`: its newest 5,000.
+        title: In place of the usual one.
+        status: With a store: only approvals of this status.
+
+    Raises:
+        ValueError, TypeError, MissingExtraError: As for `timeline`.
     """
     alt, pd = charts.libraries()
     instead = "plot.waiting(await store.approvals.list_requests(limit=500))"
