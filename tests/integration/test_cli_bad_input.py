@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
@@ -220,6 +221,19 @@ def test_a_wrong_setting_is_named_and_its_value_is_not_repeated() -> None:
 
         outcome.assert_fails(2, name.lower())
         assert "hunter2" not in outcome.said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed there")
+def test_a_current_folder_that_was_removed_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(gone)
+        gone.rmdir()
+        outcome = gateway_store("audit", "search")
+
+    assert outcome.code in (1, 5)
+    assert "The current folder was removed: change to another one" in outcome.err
 
 
 def test_an_unexpected_error_is_a_sentence_and_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,7 @@ def test_a_wrong_end_is_refused() -> None:
     for options, words in (
         (("--events", "0"), ("--events",)),
         (("--events", "10", "--until", "soon"), ("--until", "2026-05-01T12:00Z", "24h")),
+        (("--events", "10", "--until", "0001-01-10"), ("--until", "1970 to 9998")),
         (("--until", "24h"), ("--until", "--events")),
     ):
         outcome = gateway_store("demo", *options)

@@ -85,6 +85,9 @@ def explain(error: BaseException) -> tuple[str, ExitCode]:
         return f"{error.title} was refused: {describe_validation(error)}.", ExitCode.ERROR
     if isinstance(error, OSError) and error.errno == ENOSPC:
         return "The disk is full: make room and try again.", ExitCode.ERROR
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        # Of all that the system looks for only the current folder has no name.
+        return "The current folder was removed: change to another one and try again.", ExitCode.ERROR
     if isinstance(error, OSError) and error.filename is not None:
         what = f"{escape(str(error.filename))}: {error.strerror or strerror(error.errno or 0)}"
         return f"{what}: check the path and its permissions and try again.", ExitCode.ERROR

@@ -31,6 +31,8 @@ app = typer.Typer()
 CALLER = "demo-agent"
 FIRST_CALLER, FIRST_ROLE = "dev-agent", "developer"
 DATABASE = "sqlite:///gateway-demo.db"
+# From the begin of Unix time to one before the last year of `datetime`, so that deadlines after it can be computed.
+_YEARS = range(1970, 9999)
 _COLUMNS = ("tool", "arguments", "decision", "approver", "result", "ms")
 
 
@@ -105,9 +107,12 @@ def _end(until: str, events: int | None) -> datetime:
     if events is None:
         raise typer.BadParameter("--until is the end of a made-up history: give --events, too.")
     try:
-        return instant("--until", until)
+        end = instant("--until", until)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
+    if end.year not in _YEARS:
+        raise typer.BadParameter(f"--until must be in a year from {_YEARS[0]} to {_YEARS[-1]}.")
+    return end
 
 
 async def _demo(store: GatewayStore, report: Any) -> dict[str, Any]:
