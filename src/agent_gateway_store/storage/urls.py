@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from ssl import CERT_NONE, SSLContext, create_default_context
+from ssl import CERT_NONE, VERIFY_X509_STRICT, SSLContext, create_default_context
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -271,6 +271,8 @@ def _tls(
             "A certificate or key named in the database URL cannot be read: check its path and format; a key must not "
             "be encrypted."
         ) from exc
+    # As libpq and asyncpg do. From Python 3.13 on it is set, and refuses what PostgreSQL's own manual has people make.
+    context.verify_flags &= ~VERIFY_X509_STRICT
     # The modes of libpq: only `verify-full` compares the name, and a context for TLS compares it by default.
     context.check_hostname = mode == "verify-full"
     # As in libpq, `require` with a root certificate is `verify-ca`.
