@@ -334,19 +334,20 @@ async def test_a_long_export_outlives_the_servers_limits(
 
 
 @pytest.mark.parametrize(
-    ("setting", "statement", "sentence"),
+    ("setting", "limit", "statement", "sentence"),
     [
-        ("statement_timeout", "SELECT pg_sleep(5)", "statement_timeout ended it"),
-        ("lock_timeout", "SELECT pg_advisory_xact_lock(7)", "lock for too long: end it, or raise lock_timeout"),
+        ("statement_timeout", "50ms", "SELECT pg_sleep(5)", "statement_timeout ended it"),
+        ("lock_timeout", "50ms", "SELECT pg_advisory_xact_lock(7)", "lock for too long: end it, or raise lock_timeout"),
+        ("temp_file_limit", "64kB", "SELECT x FROM generate_series(1, 300000) x ORDER BY -x", "raise temp_file_limit"),
     ],
 )
 async def test_a_limit_of_the_server_is_named(
-    postgres_database: Callable[[], str], setting: str, statement: str, sentence: str
+    postgres_database: Callable[[], str], setting: str, limit: str, statement: str, sentence: str
 ) -> None:
     url = postgres_database()
     holder = await asyncpg.connect(url.replace("+asyncpg", ""))
     await holder.execute("SELECT pg_advisory_lock(7)")
-    await set_defaults(url, **{setting: "50ms"})
+    await set_defaults(url, **{setting: limit})
     async with AsyncExitStack() as stack:
         stack.push_async_callback(holder.close)
         engine = create_engine(url)

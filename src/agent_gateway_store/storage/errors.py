@@ -123,6 +123,7 @@ _HINTS = (
     ("duplicatepreparedstatement", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("invalidsqlstatementname", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("statement pooling mode", "the pooler takes no transactions: give it pool_mode = transaction"),
+    ("configurationlimitexceeded", "it needs larger temporary files: raise temp_file_limit for our role"),
     ("querycanceled", "the server's statement_timeout ended it: raise it for our role with ALTER ROLE ... SET"),
     (
         "idleintransaction",
