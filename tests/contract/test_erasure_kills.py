@@ -78,10 +78,13 @@ async def test_no_value_is_left_in_a_file_of_sqlite(
     settings = StoreSettings(audit_seal_seconds=0)
     async with GatewayStore(f"sqlite:///{tmp_path / 'gateway.db'}", redis_url="", settings=settings) as store:
         await settle(store)
-        await used_approval(store, "r-2")
-        await store.audit.write(secret_event(request_id="r-2", timestamp=clock.utc_now()))
+        # So many that rows which grow move within their page, and leave what they were.
+        names = [f"r-{number}" for number in range(2, 10)]
+        for name in names:
+            await used_approval(store, name)
+            await store.audit.write(secret_event(request_id=name, timestamp=clock.utc_now()))
         await store.retention.prune(BEFORE, by="ops", archive=tmp_path / "a")
-        for erased in ("r-1", "r-2"):
+        for erased in ("r-1", *names):
             assert left() > 0
             await store.retention.erase(erased, reason="GDPR 17", by="dpo", archive=tmp_path / "a")
         assert left() == 0
