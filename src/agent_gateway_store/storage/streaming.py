@@ -13,6 +13,7 @@ import aiosqlite
 from sqlalchemy import Dialect
 
 from agent_gateway_store.errors import StoreNotOpenError
+from agent_gateway_store.models.tables import metadata
 from agent_gateway_store.storage.database import Database, Transactions
 from agent_gateway_store.storage.errors import RESTORE, is_bad_text, readable_rows, readable_text, retry_conflicts
 from agent_gateway_store.storage.statements import CompiledStatement, Statement
@@ -37,17 +38,35 @@ SET LOCAL plan_cache_mode = 'force_custom_plan';
 SELECT set_config(name, '0', true) FROM pg_settings
 WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
 """
+# What rewrites a table (pg_repack, a column with a default of its own in each row) leaves it empty for every snapshot
+# from before. Ours must be taken once no such change can come: those of REPEATABLE READ and of COPY are taken before
+# the statement waits for its tables. What is not a table, or not to be read, is for the read itself to say.
+_TABLES = f"""
+SELECT string_agg(oid::regclass::text, ', ' ORDER BY oid) FROM pg_catalog.pg_class
+WHERE oid = ANY (ARRAY[{", ".join(f"to_regclass('{name}')" for name in metadata.tables)}]::oid[]) AND relkind = 'r'
+    AND has_table_privilege(oid, 'SELECT')
+"""  # noqa: S608  names of our own
 
 
 @asynccontextmanager
-async def _long_read(driver: Any, isolation: str = "read_committed") -> AsyncIterator[None]:
-    """Open a transaction that only reads, without limits of time; a statement of SQLite needs none."""
+async def _long_read(driver: Any, isolation: str = "read_committed", *, locked: bool = False) -> AsyncIterator[None]:
+    """Open a transaction that only reads, without limits of time; a statement of SQLite needs none.
+
+    `locked`: nobody rewrites our tables from before its snapshot on.
+    """
     if isinstance(driver, aiosqlite.Connection):
         yield
         return
+    tables = None
+    if locked:
+        async with driver.transaction(isolation="read_committed", readonly=True):
+            tables = await driver.fetchval(_TABLES)
     transaction = driver.transaction(isolation=isolation, readonly=True)
     await transaction.start()
     try:
+        if tables is not None:
+            lock = f"SET LOCAL statement_timeout = 0; LOCK TABLE ONLY {tables} IN ACCESS SHARE MODE"
+            await driver.execute(lock, timeout=LONGEST_S)
         await driver.execute(_LONG_READ)
         yield
     except TimeoutError:
@@ -91,7 +110,7 @@ async def snapshot(database: Database) -> AsyncIterator[Snapshot]:
                 await driver.rollback()
                 driver.text_factory = str
             return
-        async with _long_read(driver, "repeatable_read"):
+        async with _long_read(driver, "repeatable_read", locked=True):
             # Refused, in place of an answer from which a policy leaves rows out.
             await driver.execute("SET LOCAL row_security = off")
             yield Snapshot(driver, database.engine.dialect)
@@ -233,7 +252,7 @@ async def copied(
     # One thread for all blocks: the allocators of C libraries keep memory for each thread that uses them.
     with ThreadPoolExecutor(1, thread_name_prefix="gateway-store bulk") as thread:
         try:
-            async with database.raw_connection() as driver, _long_read(driver):
+            async with database.raw_connection() as driver, _long_read(driver, locked=True):
                 if not parallel:
                     await driver.execute("SET LOCAL max_parallel_workers_per_gather = 0")
                 await driver.copy_from_query(query.text, *arguments, output=receive, format="csv", timeout=LONGEST_S)
