@@ -32,20 +32,23 @@ Rows: TypeAlias = Sequence[Sequence[Any]]
 _BATCH_ROWS = 1_000
 # COPY writes values as the session is set, and the reader expects these forms. The server's limits are meant for short
 # transactions; pg_dump lifts them as well. A plan that was kept from a small table would read all of a large one.
-_LONG_READ = """
+_LIMITS = "('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')"
+_LONG_READ = f"""
 SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SET LOCAL extra_float_digits = 1;
 SET LOCAL plan_cache_mode = 'force_custom_plan';
-SELECT set_config(name, '0', true) FROM pg_settings
-WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
-"""
+SELECT set_config(name, '0', true) FROM pg_settings WHERE name IN {_LIMITS}
+"""  # noqa: S608  names of our own
 # What rewrites a table (pg_repack, a column with a default of its own in each row) leaves it empty for every snapshot
 # from before. Ours must be taken once no such change can come: those of REPEATABLE READ and of COPY are taken before
-# the statement waits for its tables. What is not a table, or not to be read, is for the read itself to say.
-_TABLES = f"""
-SELECT string_agg(oid::regclass::text, ', ' ORDER BY oid) FROM pg_catalog.pg_class
+# the statement waits for its tables. What is not a table, or not to be read, is for the read itself to say. A SELECT
+# would take the snapshot, so the limits are lifted by SET.
+_LOCK = f"""
+SELECT (SELECT string_agg(format('SET LOCAL %s = 0; ', name), '') FROM pg_settings WHERE name IN {_LIMITS})
+    || 'LOCK TABLE ONLY ' || string_agg(oid::regclass::text, ', ' ORDER BY oid) || ' IN ACCESS SHARE MODE'
+FROM pg_catalog.pg_class
 WHERE oid = ANY (ARRAY[{", ".join(f"to_regclass('{name}')" for name in metadata.tables)}]::oid[]) AND relkind = 'r'
     AND has_table_privilege(oid, 'SELECT')
-"""  # noqa: S608  names of our own
+"""  # noqa: S608  likewise
 
 
 @asynccontextmanager
@@ -57,15 +60,14 @@ async def _long_read(driver: Any, isolation: str = "read_committed", *, locked: 
     if isinstance(driver, aiosqlite.Connection):
         yield
         return
-    tables = None
+    lock = None
     if locked:
         async with driver.transaction(isolation="read_committed", readonly=True):
-            tables = await driver.fetchval(_TABLES)
+            lock = await driver.fetchval(_LOCK)
     transaction = driver.transaction(isolation=isolation, readonly=True)
     await transaction.start()
     try:
-        if tables is not None:
-            lock = f"SET LOCAL statement_timeout = 0; LOCK TABLE ONLY {tables} IN ACCESS SHARE MODE"
+        if lock is not None:
             await driver.execute(lock, timeout=LONGEST_S)
         await driver.execute(_LONG_READ)
         yield
