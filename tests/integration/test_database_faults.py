@@ -135,6 +135,17 @@ async def test_a_connection_that_the_server_ended_is_named(postgres_database: Ca
     await database.close()
 
 
+def test_a_rollback_that_meets_the_end_of_a_copy_is_an_outage() -> None:
+    """The server has said that it ends the connection, and the socket is still open: nobody shares the session."""
+    error = asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
+    error.__context__ = asyncpg.AdminShutdownError("terminating connection due to administrator command")
+    with (
+        pytest.raises(errors.StoreUnavailableError, match="the server ended the connection"),
+        translate_errors("be read"),
+    ):
+        raise error
+
+
 @pytest.mark.parametrize("busy", ["the row's lock is held", "every connection is lent"])
 async def test_a_lent_connection_that_is_not_answered_in_time_is_an_outage(
     postgres_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch, busy: str

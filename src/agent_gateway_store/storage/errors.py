@@ -225,7 +225,10 @@ def _is_shared(exc: BaseException) -> bool:
     # "isce" is SQLAlchemy's code of "concurrent operations are not permitted"; asyncpg has a text only.
     if isinstance(exc, IllegalStateChangeError) or getattr(exc, "code", None) == "isce":
         return True
-    error = driver_error(exc)
+    return _is_busy(driver_error(exc))
+
+
+def _is_busy(error: BaseException) -> bool:
     return isinstance(error, asyncpg.InterfaceError) and "another operation" in str(error)
 
 
@@ -363,7 +366,11 @@ def driver_error(exc: BaseException) -> BaseException:
     # SQLAlchemy keeps its adapter's error in `orig`, and that keeps asyncpg's as its cause.
     if isinstance(exc, DBAPIError) and exc.orig is not None:
         exc = exc.orig
-    return exc.__cause__ if exc.__cause__ is not None else exc
+    error = exc.__cause__ if exc.__cause__ is not None else exc
+    # Of a ROLLBACK between the server's last word in a COPY and the end of the socket.
+    if _is_busy(error) and isinstance(error.__context__, asyncpg.OperatorInterventionError):
+        error = error.__context__
+    return error
 
 
 def _tls_hint(error: ssl.SSLError) -> str:
