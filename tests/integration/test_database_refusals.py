@@ -280,3 +280,26 @@ async def test_what_a_role_may_not_do_is_said_with_the_grant(postgres_database: 
     finally:
         await engine.dispose()
         await execute(admin, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+async def test_tables_are_not_spread_over_two_schemas(postgres_database: Callable[[], str]) -> None:
+    """A schema of the role's name that is made later comes first in its search_path, and in that of no other role."""
+    url = postgres_database()
+    name = make_url(url).database
+    engine = create_engine(url)
+    try:
+        await migrate.upgrade(engine, "0003_due_by_notifier")
+        # As `"$user"` does for a role.
+        await execute(url, "CREATE SCHEMA first", f'ALTER DATABASE "{name}" SET search_path = first, public')
+        await engine.dispose()
+        with pytest.raises(StoreUnavailableError, match=r"tables are in the schema public.*would come into first"):
+            await migrate.upgrade(engine)
+        await execute(url, f'ALTER DATABASE "{name}" RESET search_path')
+        await engine.dispose()
+        await migrate.upgrade(engine)
+        await execute(url, f'ALTER DATABASE "{name}" SET search_path = first, public')
+        await engine.dispose()
+        await migrate.upgrade(engine)
+        assert await migrate.differences(engine) == []
+    finally:
+        await engine.dispose()

@@ -254,20 +254,28 @@ async def _take_advisory_lock(connection: AsyncConnection) -> None:
 
 
 async def _require_create(connection: AsyncConnection) -> None:
-    """Raise StoreUnavailableError, with the step to take, unless our role may create tables."""
-    role, schema, may_create = (
+    """Raise StoreUnavailableError, with the step to take, unless our role may create tables beside those we have."""
+    role, schema, may_create, found = (
         await connection.execute(
             text(
                 "SELECT quote_ident(current_user), quote_ident(current_schema()), "
-                "has_schema_privilege(current_schema(), 'CREATE')"
-            )
+                "has_schema_privilege(current_schema(), 'CREATE'), "
+                "(SELECT relnamespace::regnamespace::text FROM pg_catalog.pg_class WHERE oid = to_regclass(:ours))"
+            ),
+            {"ours": VERSION_TABLE},
         )
     ).one()
+    is_current = found is not None and await connection.run_sync(_revision) == head()
     await connection.rollback()
     if schema is None:
         raise StoreUnavailableError(
             "The database could not be migrated: no schema of the role's search_path exists, or it may use none. "
             f"Run `CREATE SCHEMA AUTHORIZATION {role}`, or set search_path for the role."
+        )
+    if found not in (None, schema) and not is_current:
+        raise StoreUnavailableError(
+            f"The database could not be migrated: its tables are in the schema {found}, and new ones would come into "
+            f"{schema}, which is before it in the search_path. Run `ALTER ROLE {role} SET search_path = {found}`."
         )
     if not may_create:
         raise StoreUnavailableError(
