@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from database_helpers import opened, write
 from sqlalchemy import text
 
 import servers
-from agent_gateway_store import errors
+from agent_gateway_store import GatewayStore, errors
 from agent_gateway_store.storage import database as database_module
 from agent_gateway_store.storage.errors import translate_errors
+from builders import make_request
+from proofs.harness import execute
 
 PASSWORD = "s3cr3t-word"
 
@@ -218,3 +221,35 @@ async def test_a_killed_server_surfaces_only_as_unavailable() -> None:
 
     assert {type(error) for error in ended} == {errors.StoreUnavailableError}
     assert after == [4, 4, 4]
+
+
+async def test_what_others_forbid_in_our_tables_is_named(postgres_database: Callable[[], str]) -> None:
+    """A check or a trigger of somebody else's: nothing exists already, and no value of the row is repeated."""
+    url = postgres_database()
+    raising = "BEGIN RAISE EXCEPTION 'no'; END"
+    async with GatewayStore(url, redis_url="", auto_migrate=True) as store:
+        uses: list[tuple[str, Callable[[], Awaitable[Any]]]] = [
+            ("api_keys", lambda: store.keys.issue("dev-agent", role="developer", environment="dev")),
+            ("approval_requests", lambda: store.approvals.issue_token(make_request())),
+            ("audit_holds", lambda: store.retention.hold("case-1", reason="r", by="b")),
+        ]
+        for table, use in uses:
+            await execute(url, f"ALTER TABLE {table} ADD COLUMN dept TEXT, ADD CHECK (dept IS NOT NULL)")
+            with pytest.raises(
+                errors.StoreUnavailableError, match=f"trigger on {table} that is not the store's"
+            ) as caught:
+                await use()
+            shown = "".join(traceback.format_exception(caught.value))
+            assert "Failing row" not in shown
+            await execute(url, f"ALTER TABLE {table} DROP COLUMN dept")
+            for body, said in ((raising, "a trigger that is not"), ("BEGIN RETURN NULL; END", "dropped the API key")):
+                await execute(
+                    url,
+                    f"CREATE OR REPLACE FUNCTION theirs() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
+                    f"CREATE OR REPLACE TRIGGER theirs BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION theirs()",
+                )
+                if body == raising or table == "api_keys":
+                    with pytest.raises(errors.StoreUnavailableError, match=said):
+                        await use()
+            await execute(url, f"DROP TRIGGER theirs ON {table}")
+            await use()

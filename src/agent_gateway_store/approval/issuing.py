@@ -37,7 +37,7 @@ from agent_gateway_store.models.approval import ApprovalRequest, hash_tool_call
 from agent_gateway_store.models.delivery import Leased
 from agent_gateway_store.models.values import ApprovalStatus, ToolCall
 from agent_gateway_store.storage.database import AnyConnection, dialect_of
-from agent_gateway_store.storage.errors import retry_conflicts
+from agent_gateway_store.storage.errors import is_refused, retry_conflicts
 from agent_gateway_store.storage.sequences import require_next_id_on
 
 _logger = logging.getLogger("agent_gateway_store.approvals")
@@ -236,7 +236,9 @@ class Asking:
                 return issued
             try:
                 row = await REISSUE.first(connection, values)
-            except IntegrityError:
+            except IntegrityError as exc:
+                if is_refused(exc):
+                    raise
                 # The token belongs to the approval of another call.
                 raise already_issued(values) from None
         return None if row is None else Issued(StoredApproval.from_row(row), False, Leased({}, 0))

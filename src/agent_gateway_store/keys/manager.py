@@ -161,7 +161,8 @@ class KeyManager:
         except IntegrityError:
             # The database's own words say nothing more.
             raise ApiKeyExistsError(checked.caller_id) from None
-        assert row is not None  # noqa: S101  an INSERT without conflict returns its row
+        if row is None:
+            raise StoreUnavailableError("The database dropped the API key: a trigger on api_keys does so. Drop that.")
         return IssuedKey(plaintext=SecretStr(plaintext), api_key=ApiKey.from_row(row))
 
     @traced("key.verify", counts="keys.verifications")

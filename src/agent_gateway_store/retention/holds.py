@@ -35,7 +35,7 @@ from agent_gateway_store.models.base import repaired
 from agent_gateway_store.models.columns import INVALID
 from agent_gateway_store.models.retention import AuditHold, AuditPrune, Hold
 from agent_gateway_store.storage.db_clock import db_now
-from agent_gateway_store.storage.errors import readable_rows
+from agent_gateway_store.storage.errors import is_refused, readable_rows
 from agent_gateway_store.storage.filters import searched_text
 from agent_gateway_store.storage.statements import Statement
 
@@ -130,6 +130,8 @@ async def place(
     try:
         await connection.execute(insert(_holds).values(values))
     except IntegrityError as exc:
+        if is_refused(exc):
+            raise
         text = f"There is a hold {code_text(name)} already: release it first, or choose another name."
         raise ValueError(text) from exc
     facts = {"name": name, "filters": hold.filters, "reason": reason}

@@ -124,6 +124,8 @@ _HINTS = (
     ("invalidsqlstatementname", "a pooler keeps no prepared statements: add pgbouncer=true to DATABASE_URL"),
     ("statement pooling mode", "the pooler takes no transactions: give it pool_mode = transaction"),
     ("configurationlimitexceeded", "it needs larger temporary files: raise temp_file_limit for our role"),
+    ("raiseerror", "a trigger that is not the store's refuses it: drop that"),
+    ("invalidcachedstatement", "a table or setting was changed meanwhile: try again"),
     ("querycanceled", "the server's statement_timeout ended it: raise it for our role with ALTER ROLE ... SET"),
     (
         "idleintransaction",
@@ -177,7 +179,8 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
     except GatewayStoreError:
         raise
     except (SQLAlchemyError, *_DRIVER, *_OUTAGE) as exc:
-        if isinstance(exc, IntegrityError) and not is_id_taken(exc):
+        is_by_others = is_refused(exc)
+        if isinstance(exc, IntegrityError) and not is_by_others and not is_id_taken(exc):
             raise
         if _is_shared(exc):
             raise SessionInUseError from exc
@@ -190,7 +193,8 @@ def translate_errors(doing: str, *, in_session: bool = False, engine: AsyncEngin
         error = _translated(exc, doing, in_session=in_session)
         if "DATABASE_READ_URL" in doing:
             error.args = (str(error).replace("DATABASE_URL", "DATABASE_READ_URL"),)
-        raise error from exc
+        # What the server says of a refused row holds the row.
+        raise error from None if is_by_others else exc
 
 
 @contextmanager
@@ -284,6 +288,15 @@ def is_id_taken(exc: BaseException) -> bool:
     )
 
 
+def is_refused(exc: BaseException) -> bool:
+    """True if a constraint or trigger of somebody else's keeps a row out of our tables: it holds what ours ask for."""
+    error = driver_error(exc)
+    if getattr(error, "sqlite_errorname", None) == "SQLITE_CONSTRAINT_TRIGGER":
+        return True
+    is_other = (sqlstate_of(exc) or "").startswith("23") and sqlstate_of(exc) != _UNIQUE_VIOLATION
+    return is_other and getattr(error, "table_name", None) in metadata.tables
+
+
 def _came_through(exc: BaseException, engine: AsyncEngine) -> bool:
     """True if a method of this engine, or of one of its connections, is in the traceback."""
     callers = (frame.f_locals.get("self") for frame, _ in walk_tb(exc.__traceback__))
@@ -332,6 +345,12 @@ def _translated(exc: BaseException, doing: str, *, in_session: bool) -> GatewayS
         return StoreUnavailableError(f"The database could not {doing}: {_tls_hint(error)}.")
     if is_id_taken(exc):
         return StoreUnavailableError(f"The database could not {doing}: {IDS_IN_USE}.")
+    if is_refused(exc):
+        table = getattr(error, "table_name", None) or "our table"
+        return StoreUnavailableError(
+            f"The database could not {doing}: a constraint or trigger on {table} that is not the store's refuses the "
+            f"row ({type(error).__name__}): drop it."
+        )
     if is_bad_text(exc):
         return UnreadableRowError(f"The database could not {doing}: a row holds text that is not UTF-8: {RESTORE}.")
     if _misses_schema(exc):
