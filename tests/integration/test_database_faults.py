@@ -129,6 +129,7 @@ async def test_a_connection_that_the_server_ended_is_named(postgres_database: Ca
         (itself(), lost),
         (write(database, "SELECT pg_terminate_backend(pg_backend_pid())"), lost),
         (failing_with(asyncpg.InternalClientError("got result for unknown protocol state 3")), lost),
+        (failing_with(asyncpg.InvalidCachedStatementError("the plan is invalid")), "changed meanwhile: try again"),
         (write(database, "DEALLOCATE none"), pooler),
         (write(database, "PREPARE one AS SELECT 1", "PREPARE one AS SELECT 1"), pooler),
     ):
