@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ CHANNEL = "agent_gateway_store_changed"
 _DATABASE_FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, SQLAlchemyError)
 # Chosen: a server that restarts is back within seconds.
 _RETRY_S = 1.0
-# Chosen: longest wait for a message before redis-py checks the connection.
+# Chosen: a subscription that is silent for so long is asked whether anybody is there, and has as long to answer.
 _CHECK_S = 5.0
 # Chosen: with a subscription, only for a message that was lost.
 _SLOW_POLL_S = 5.0
@@ -222,15 +223,25 @@ class PubSub:
         await self._redis.drop_cluster()
         if self._redis.client is None:
             return
-        async with self._redis.client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        async with self._redis.client.pubsub() as pubsub:
             await pubsub.subscribe(CHANNEL)
-            self._begin()
+            is_asked = False
             while not self._redis.is_cluster:
                 message = await pubsub.get_message(timeout=_CHECK_S)
-                if message is not None:
+                if message is None:
+                    if is_asked:
+                        raise TimeoutError
+                    await pubsub.ping()
+                elif message["type"] == "subscribe":
+                    # Only now, and once more where a client of the host's has connected again by itself.
+                    self._begin()
+                elif message["type"] == "message":
                     # Bytes or text, as the client decodes replies or not.
                     data = message["data"]
                     self.notify_local(data.decode("utf-8", "replace") if isinstance(data, bytes) else str(data))
+                is_asked = message is None
+                # Messages that are there already would keep the event loop from all other tasks.
+                await asyncio.sleep(0)
 
     async def _listen_to_postgres(self) -> None:
         # It needs a connection for as long as it listens, so it has a pool of one.
@@ -240,7 +251,12 @@ class PubSub:
                 await driver.add_listener(CHANNEL, lambda _connection, _pid, _channel, key: self.notify_local(str(key)))
                 self._begin()
                 # A connection that has ended receives nothing more, so the caller begins again.
+                asked_at = time.monotonic()
                 while not driver.is_closed():
                     await asyncio.sleep(_RETRY_S)
+                    if time.monotonic() - asked_at >= _CHECK_S:
+                        # Again changes nothing: it asks whether anybody is at the other end.
+                        await driver.execute(f"LISTEN {CHANNEL}", timeout=_CHECK_S)
+                        asked_at = time.monotonic()
         finally:
             await pool.close()
