@@ -15,7 +15,7 @@ from contract_helpers import POSTGRES, approved, counted_statements
 
 import servers
 from agent_gateway_store import ApprovalManager, ApprovalScope, GatewayStore, StoreSettings, clock, errors
-from agent_gateway_store.approval import ApprovalBackend
+from agent_gateway_store.approval import ApprovalBackend, cache
 from agent_gateway_store.storage.redis_cache import CacheEntry, RedisCache
 from agent_gateway_store.store import parts_of
 from builders import CALL, make_request
@@ -106,6 +106,20 @@ async def test_a_status_is_trusted_for_a_while_only(store: GatewayStore, client:
         with counted_statements(store, "approval_requests") as statements:
             assert (await store.approvals.check_token(token)).status == "USED"
         assert len(statements) == reads  # what has no end was not written by us
+
+
+async def test_a_clock_that_is_behind_trusts_nothing_that_was_written_late(
+    store: GatewayStore, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that stood still writes what it saw before the decision; Redis, flushed since, knows no better."""
+    token = await store.approvals.issue_token(make_request())
+    stale = await entry(client, token)
+    await store.approvals.approve(token, "approver-1")
+    await asyncio.sleep(2.1)
+    await client.set(f"approval:{token}", json.dumps(stale), px=stale["life_ms"])
+    monkeypatch.setattr(cache, "utc_now", lambda: clock.utc_now() - timedelta(hours=1))
+
+    assert (await store.approvals.check_token(token)).status == "APPROVED"
 
 
 async def test_trust_can_be_switched_off(database_url: str, redis_setting: str) -> None:

@@ -201,6 +201,7 @@ REDIS_URLS = [
     f"rediss://:{PASSWORD}@host/0?ssl_ca_certs=/no/such/file",
     f"redis+sentinel://:{PASSWORD}@host:26379/name/0?sentinel_password=",
     f"redis://user:12?{PASSWORD}@host/0",
+    *(f"redis://:{PASSWORD}@host/production", f"rediss://:{PASSWORD}@host/1/2"),
 ]
 DATABASE_URLS = [
     "",
@@ -318,7 +319,9 @@ def test_a_uri_of_sqlite_names_the_file_that_sqlite_opens(name: str, file: str) 
     assert sqlite_file(parse_database_url(f"sqlite:///file:{name}?uri=true")[0]) == Path(file)
 
 
-@pytest.mark.parametrize("text", ["redis://host", "rediss://user:p@host:6380/1", "unix:///run/redis.sock?db=1"])
+@pytest.mark.parametrize(
+    "text", ["redis://host", "redis://host/", "rediss://user:p@host:6380/1", "unix:///run/redis.sock?db=1"]
+)
 def test_redis_urls_are_taken(text: str) -> None:
     assert create_redis(text).connection_pool.connection_kwargs["socket_timeout"] == 0.2
 

@@ -58,7 +58,7 @@ class ApprovalSnapshot(FrozenModel):
         deadline = self.expires_at if self.status is ApprovalStatus.PENDING else self.use_before or self.expires_at
         return (
             0 <= age_ms < trust_s * 1000
-            and (now - self.read_at).total_seconds() < trust_s
+            and abs((now - self.read_at).total_seconds()) < trust_s  # a clock that is behind cannot tell what is old
             and (self.status.is_final or now < deadline)  # from then on the database's clock decides
         )
 

@@ -84,6 +84,9 @@ def create_redis(url: str, *, timeout_s: float = 0.2) -> RedisClient:
     # Without a password OpenSSL would ask for that of an encrypted key on the terminal, and wait.
     options = _impatient(timeout_s) | ({"ssl_password": ""} if scheme == "rediss" else {})
     try:
+        # redis-py takes any other path for the database 0, and `/1/2` for 12.
+        if scheme in ("redis", "rediss") and not re.fullmatch("/?[0-9]*", urlsplit(url).path):
+            raise ValueError
         client: RedisClient = Redis.from_url(url, **options)
         # Does not connect, but raises for parameters in the URL that it does not know.
         connection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis gives no hints
