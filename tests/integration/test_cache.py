@@ -224,6 +224,15 @@ async def test_a_redis_that_forgot_the_scripts_is_given_them_again(client: Redis
     assert await cache.put_newer([CacheEntry("key", '{"version": 2}', 2, 60)])
 
 
+async def test_what_is_larger_than_any_entry_is_not_fetched(client: RedisClient) -> None:
+    """Whoever can write to Redis would otherwise cost a reader its memory, and the time to parse it."""
+    cache = RedisCache(client, timeout_s=20)
+    await client.set("key", b"x" * (2**23 + 1), px=60_000)
+
+    assert await cache.get("key") is None
+    assert await put(cache, {"version": 1}, version=1, ttl_s=60)
+
+
 @pytest.mark.parametrize("decode_responses", [False, True])
 async def test_a_client_of_the_hosts_own_kind_serves_as_well(fresh_redis_url: str, decode_responses: bool) -> None:
     class Unusual(redis.asyncio.Connection):

@@ -39,11 +39,12 @@ _OF_CLUSTERS = (AskError, MovedError, ClusterCrossSlotError, ClusterError)
 
 _logger = logging.getLogger("agent_gateway_store.redis")
 
-# The milliseconds that it has left and the value, in one round trip; what is not text counts as absent. As one text,
-# because the client's parser takes longer over a list of two than Redis over both commands.
-_GET = """
+# The milliseconds that it has left and the value, in one round trip; what is not text, or larger than any entry of
+# ours, counts as absent. As one text, because the client's parser takes longer over a list of two than Redis over both
+# commands.
+_GET = f"""
 local value = redis.pcall('GET', KEYS[1])
-if type(value) ~= 'string' then return false end
+if type(value) ~= 'string' or #value > {_LARGEST_BYTES} then return false end
 return redis.call('PTTL', KEYS[1]) .. ' ' .. value
 """
 
