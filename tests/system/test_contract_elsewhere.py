@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
 # Of tests that hand the URL to a driver of their own, which knows none of our options.
-OWN_DRIVER = "who_may_not_write_seals or server_that_only_reads_verifies"
+OWN_DRIVER = "tampered or rewritten or written_by_any_way or who_may_not_write_seals or server_that_only_reads_verifies"
 # Of tests that open a store on another database than that of the suite.
 OWN_DATABASE = "export_import_export or what_is_raised or come_through_unchanged or without_the_other"
 # Of tests that add a trigger, for which the standby waits until nobody reads there; and of a plan on a table that the
@@ -32,7 +32,7 @@ LOCKING = "bad_row or reads_by_indexes"
 KILLED_AFTER_S = 30.0
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 # Of tests that allow no poll.
-LISTENING = "wakes_every_waiter or every_move_ends_a_wait or sweep_ends_a_wait or heard_through_postgresql"
+LISTENING = "wakes_every_waiter or sweep_ends_a_wait or heard_through_postgresql"
 
 
 def run_suite(environment: dict[str, str], *, but: str = "", only: str = "postgres") -> None:
