@@ -83,9 +83,11 @@ def run_on_postgres(contract_postgres: str) -> Iterator[Callable[[str], str | No
     async def run(statements: str) -> str | None:
         nonlocal connection
         if connection is None or connection.is_closed():
-            connection = await asyncpg.connect(contract_postgres)
+            connection = await asyncpg.connect(contract_postgres, statement_cache_size=0)
         if statements.startswith("SELECT"):
-            return str(await connection.fetchval(statements))
+            # A transaction, in which PgBouncer changes no connection.
+            async with connection.transaction():
+                return str(await connection.fetchval(statements))
         await connection.execute(statements)
         return None
 
