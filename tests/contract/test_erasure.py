@@ -332,15 +332,16 @@ async def test_an_entry_is_found_that_no_other_entry_leads_to(
 
 
 @POSTGRES
-async def test_an_erasure_waits_for_redis_and_is_not_held_up_by_large_entries(store: GatewayStore) -> None:
+async def test_an_erasure_waits_for_redis_and_is_not_held_up_by_large_entries(
+    store: GatewayStore, database_url: str
+) -> None:
     """Nothing is said while it is away. It may hold more than it could send in time, or at all."""
     token = await store.approvals.issue_token(make_request(request_id="r-1", tool_call=secret_call()))
     await store.audit.write_many([secret_event(), make_event()])
-    url = store.database.engine.url.render_as_string(hide_password=False)
     settings = StoreSettings(audit_seal_seconds=0, redis_timeout_seconds=5)
     with RedisServer(options=["--client-output-buffer-limit", "normal 1mb 0 0"]) as server:
         async with (
-            GatewayStore(url, redis_url=server.url, settings=settings) as other,
+            GatewayStore(database_url, redis_url=server.url, settings=settings) as other,
             redis.asyncio.from_url(server.url) as client,
         ):
             await other.approvals.deny(token, "alice", MARK)
@@ -348,7 +349,7 @@ async def test_an_erasure_waits_for_redis_and_is_not_held_up_by_large_entries(st
                 await client.set(f"approval:{number}", "x" * 2**20)
                 # In whatever order Redis names them, some of these come late.
                 await client.copy(f"approval:{token}", f"approval:copy-{number}")
-            async with GatewayStore(url, redis_url="redis://127.0.0.1:1", settings=settings) as cut_off:
+            async with GatewayStore(database_url, redis_url="redis://127.0.0.1:1", settings=settings) as cut_off:
                 with pytest.raises(StoreUnavailableError, match="erase 'r-1' again"):
                     await cut_off.retention.erase("r-1", reason="r", by="dpo")
             assert [event async for event in store.audit.stream(tool_name="audit.erase")] == []
