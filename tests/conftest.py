@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
+from redis.exceptions import RedisError
 from sqlalchemy import make_url
 
 import once
@@ -182,7 +184,13 @@ def fresh_redis_url(redis_url: str) -> str:
 
     async def flush() -> None:
         async with create_redis(redis_url, timeout_s=5) as client:
-            await client.flushdb()
+            # Sentinels take a while to name another master.
+            async with asyncio.timeout(30 if "+sentinel" in redis_url else 5):
+                while True:
+                    try:
+                        return await client.flushdb()
+                    except RedisError:
+                        await asyncio.sleep(0.2)
 
     servers.run(flush())
     return redis_url
