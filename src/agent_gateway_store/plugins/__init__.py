@@ -1,1 +1,1 @@
-"""Bundled notifiers, each an entry point of this package, written as a stranger would write them."""
+"""Bundled notifiers, each an entry point of this package, written as a third-party plugin would be."""
